@@ -69,6 +69,13 @@ def test_examples_of_the_help_can_be_parsed(verb):
         read_flags(importlib.import_module(COMMANDS[words[1]]).Options, build_parser(words[1:]).parse_args(words[1:]))
 
 
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scenes")
+    draw(folder / "data", "mixed", 10, 0)
+    return folder / "data"
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -87,10 +94,8 @@ def test_examples_of_the_help_can_be_parsed(verb):
         (["inspect", "nowhere"], "there is no folder or file nowhere"),
     ],
 )
-def test_bad_input_is_one_sentence_and_leaves_nothing(arguments, sentence, tmp_path, capsys):
-    if "DATA" in arguments:
-        draw(tmp_path / "data", "mixed", 10, 0)
-    places = {"OUT": str(tmp_path / "out"), "DATA": str(tmp_path / "data")}
+def test_bad_input_is_one_sentence_and_leaves_nothing(arguments, sentence, scenes, tmp_path, capsys):
+    places = {"OUT": str(tmp_path / "out"), "DATA": str(scenes)}
     assert main([places.get(word, word) for word in arguments]) == 2
     said = capsys.readouterr()
     assert sentence in said.err.splitlines()[-1] and said.err.splitlines()[-1].startswith("afa: ") and said.out == ""

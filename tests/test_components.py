@@ -1,5 +1,6 @@
 """A component that afa fills with weights is the one that its library loads, to the bit."""
 
+import functools
 import json
 import shutil
 
@@ -9,10 +10,17 @@ import torch
 import transformers
 from merging_models import saved, sdxl
 from safetensors.torch import load_file, save_file
-from tiny import sd_pipeline, sdxl_pipeline
-from tiny_krea2 import krea2_pipeline
-from tiny_lumina2 import lumina2_pipeline
-from tiny_transformers import flux_pipeline, qwen_image_pipeline, sd3_pipeline
+from tiny import SDXL_SMALL, sd_pipeline, sdxl_pipeline
+from tiny_krea2 import KREA2_SMALL, krea2_pipeline
+from tiny_lumina2 import LUMINA2_SMALL, lumina2_pipeline
+from tiny_transformers import (
+    FLUX_SMALL,
+    QWEN_IMAGE_SMALL,
+    SD3_SMALL,
+    flux_pipeline,
+    qwen_image_pipeline,
+    sd3_pipeline,
+)
 
 from afa.experts.description import describe
 from afa.experts.expert import TEXT_ENCODERS
@@ -24,11 +32,11 @@ from afa.merging.settings import MergeSettings
 
 PIPELINES = {
     "sdxl": sdxl_pipeline,
-    "sd3": sd3_pipeline,
-    "flux": flux_pipeline,
-    "qwen_image": qwen_image_pipeline,
-    "krea2": krea2_pipeline,
-    "lumina2": lumina2_pipeline,
+    "sd3": functools.partial(sd3_pipeline, **SD3_SMALL),
+    "flux": functools.partial(flux_pipeline, **FLUX_SMALL),
+    "qwen_image": functools.partial(qwen_image_pipeline, **QWEN_IMAGE_SMALL),
+    "krea2": functools.partial(krea2_pipeline, **KREA2_SMALL),
+    "lumina2": functools.partial(lumina2_pipeline, **LUMINA2_SMALL),
 }
 
 
@@ -85,7 +93,7 @@ def test_loading_leaves_random_numbers_alone(components):
 
 def test_a_single_file_is_what_diffusers_makes_of_it(tmp_path):
     """SDXL's has every kind of name: U-Net and VAE in LDM's layout, a text encoder of CLIP's and one of OpenCLIP's."""
-    folders = [saved(sdxl(seed), tmp_path / str(seed)) for seed in (0, 1)]
+    folders = [saved(sdxl(seed, **SDXL_SMALL), tmp_path / str(seed)) for seed in (0, 1)]
     file = tmp_path / "merged.safetensors"
     merge_files(MergeSettings(experts=[f"x={folders[0]}", f"y={folders[1]}"], output=str(file)))
     theirs = diffusers.StableDiffusionXLPipeline.from_single_file(str(file), config=str(folders[0]), local_files_only=True, dtype=torch.float16)

@@ -1,5 +1,6 @@
 """Experts of different kinds of prediction, or of other noise: every one is asked as it was trained, and says the same as ever."""
 
+import functools
 import itertools
 
 import pytest
@@ -104,39 +105,55 @@ class TestConversion:
         assert half.dtype == torch.bfloat16 and torch.equal(half, exact.bfloat16())
 
 
+@functools.cache
+def expert(name, seed):
+    """Frozen, so that several ensembles may have it."""
+    return MODELS[name].make(seed)
+
+
+def made(name, kinds):
+    """Whatever the family; its tiny models do not know what kind they are."""
+    frame = SCHEDULES[kinds[0]]
+    experts = [expert(name, seed) for seed in range(len(kinds))]
+    return MODELS[name].ensemble(experts, placement="out", conversions=[conversion(SCHEDULES[kind], frame) for kind in kinds]).eval()
+
+
+# Every family with each kind as an expert's and as the frame's; over the families, which differ in the form of latents and times, all pairs.
+KINDS = list(SCHEDULES)
+CASES = [(name, own, KINDS[(place + 1 + index % 4) % 5]) for index, name in enumerate(MODELS) for place, own in enumerate(KINDS)]
+
+
+def test_all_pairs_are_tried():
+    assert {(own, frame) for _, own, frame in CASES} == set(PAIRS)
+
+
+@pytest.mark.parametrize(("name", "own", "frame"), CASES)
+def test_a_converted_expert_claims_what_it_would_alone(name, own, frame):
+    model, mine, theirs = made(name, [frame, own]), SCHEDULES[own], SCHEDULES[frame]
+    call, interface = MODELS[name].call(), model.interface
+    noisy, times = interface.latents(call), torch.as_tensor(interface.timestep_from_model(call[interface.timestep_input])).double()
+    handed, own_times = conversion(mine, theirs).to_expert(noisy, times)
+    size, first = noisy.shape[-2:], interface.latents_input
+    given = list(handed[:, :, None]) if isinstance(call[first], list) else interface.from_latents(handed) if call[first].ndim == 3 else handed
+    stock = {**call, first: given, interface.timestep_input: interface.timestep_to_model(own_times.float())}
+    with torch.no_grad(), only_expert(model, "expert_1"):
+        heard = interface.to_latents(model(**call).sample, size)
+        said = interface.to_latents(model.experts[1](**stock).sample, size)
+    levels, own_levels = ([level.view(-1, 1, 1, 1) for level in schedule.at(at)] for schedule, at in ((theirs, times), (mine, own_times)))
+    expected = clean_of(mine.kind, said.double(), handed.double(), *own_levels)
+    claimed = clean_of(theirs.kind, heard.double(), noisy.double(), *levels)
+    assert torch.allclose(claimed, expected, atol=1e-5 * max(1, expected.abs().max()))
+
+
 @pytest.mark.parametrize("name", MODELS)
 class TestDenoiser:
-    """Whatever the family; its tiny models do not know what kind they are."""
-
-    def made(self, name, kinds):
-        frame = SCHEDULES[kinds[0]]
-        experts = [MODELS[name].make(seed) for seed in range(len(kinds))]
-        return MODELS[name].ensemble(experts, placement="out", conversions=[conversion(SCHEDULES[kind], frame) for kind in kinds]).eval()
-
-    @pytest.mark.parametrize(("own", "frame"), PAIRS)
-    def test_a_converted_expert_claims_what_it_would_alone(self, name, own, frame):
-        model, mine, theirs = self.made(name, [frame, own]), SCHEDULES[own], SCHEDULES[frame]
-        call, interface = MODELS[name].call(), model.interface
-        noisy, times = interface.latents(call), torch.as_tensor(interface.timestep_from_model(call[interface.timestep_input])).double()
-        handed, own_times = conversion(mine, theirs).to_expert(noisy, times)
-        size, first = noisy.shape[-2:], interface.latents_input
-        given = list(handed[:, :, None]) if isinstance(call[first], list) else interface.from_latents(handed) if call[first].ndim == 3 else handed
-        stock = {**call, first: given, interface.timestep_input: interface.timestep_to_model(own_times.float())}
-        with torch.no_grad(), only_expert(model, "expert_1"):
-            heard = interface.to_latents(model(**call).sample, size)
-            said = interface.to_latents(model.experts[1](**stock).sample, size)
-        levels, own_levels = ([level.view(-1, 1, 1, 1) for level in schedule.at(at)] for schedule, at in ((theirs, times), (mine, own_times)))
-        expected = clean_of(mine.kind, said.double(), handed.double(), *own_levels)
-        claimed = clean_of(theirs.kind, heard.double(), noisy.double(), *levels)
-        assert torch.allclose(claimed, expected, atol=1e-5 * max(1, expected.abs().max()))
-
     def test_experts_of_the_frames_kind_stay_themselves_bit_for_bit(self, name):
-        model, call = self.made(name, ["epsilon", "v_prediction", "epsilon"]), MODELS[name].call()
+        model, call = made(name, ["epsilon", "v_prediction", "epsilon"]), MODELS[name].call()
         with torch.no_grad(), only_expert(model, "expert_2"):
             assert torch.equal(sample_of(model(**call)), image_of(model.experts[2](**call), call))
 
     def test_all_together_are_the_mean_of_what_each_says_alone(self, name):
-        model, call = self.made(name, ["epsilon", "v_prediction", "flow"]), MODELS[name].call()
+        model, call = made(name, ["epsilon", "v_prediction", "flow"]), MODELS[name].call()
         alone = []
         with torch.no_grad():
             for expert in model.names:
@@ -146,7 +163,7 @@ class TestDenoiser:
         assert torch.allclose(together, torch.stack(alone).mean(0), atol=1e-5 * max(1, together.abs().max()))
 
     def test_features_of_different_kinds_are_refused(self, name):
-        experts = [MODELS[name].make(seed) for seed in range(2)]
+        experts = [expert(name, seed) for seed in range(2)]
         converted = [None, conversion(SCHEDULES["v_prediction"], SCHEDULES["epsilon"])]
         with pytest.raises(ValueError, match="expert_1 are of another kind than the frame's.*placement out"):
             MODELS[name].ensemble(experts, placement="layers", conversions=converted)

@@ -1,6 +1,7 @@
 """Experts: how they are named, found, read, compared and refused."""
 
 import copy
+import functools
 import json
 import shutil
 import struct
@@ -14,8 +15,9 @@ from original_layout import write_single_file
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from test_pipeline import run
-from tiny import SDXL, scheduler, sd_pipeline, sd_unet, sdxl_pipeline
+from test_pipeline import run as draw
+from tiny import ONE_LEVEL, SDXL, scheduler, sd_unet, sdxl_pipeline
+from tiny import sd_pipeline as pipeline_of
 
 from afa import Ensemble, UserError
 from afa.aggregators.registry import count_parameters
@@ -25,6 +27,9 @@ from afa.experts.load import load_expert
 from afa.experts.single_file import CONFIGS, clip_tokenizer, detect_config
 from afa.experts.spec import ExpertSpec, Lora
 from afa.models.unet import UNetEnsemble
+
+sd_pipeline = functools.partial(pipeline_of, **ONE_LEVEL)
+run = functools.partial(draw, num_inference_steps=1, height=64, width=64)
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +82,10 @@ class TestSpecs:
 
 class TestLoading:
     def test_a_folder(self, folders):
-        assert np.array_equal(run(Ensemble.from_experts([str(folders / "photo")]).pipeline()), run(sd_pipeline(0)))
+        assert np.array_equal(run(Ensemble.from_experts([str(folders / "photo")], aggregator="mean").pipeline()), run(sd_pipeline(0)))
 
     def test_a_single_file_is_the_folder(self, folders):
-        single = Ensemble.from_experts([str(folders / "photo.safetensors")], config=str(folders / "configs"))
+        single = Ensemble.from_experts([str(folders / "photo.safetensors")], config=str(folders / "configs"), aggregator="mean")
         assert np.array_equal(run(single.pipeline()), run(sd_pipeline(0)))
 
     def test_a_denoiser_alone(self, folders):
@@ -93,7 +98,7 @@ class TestLoading:
 
     def test_a_lora_becomes_part_of_the_expert(self, folders, tmp_path):
         lora = write_lora(sd_pipeline(0), tmp_path / "style.safetensors")
-        merged = Ensemble.from_experts([f"styled={folders / 'photo'}+{lora}*0.5"])
+        merged = Ensemble.from_experts([f"styled={folders / 'photo'}+{lora}*0.5"], aggregator="mean")
         pipe = sd_pipeline(0)
         pipe.load_lora_weights(str(lora))
         expected = run(pipe, cross_attention_kwargs={"scale": 0.5})
@@ -104,7 +109,7 @@ class TestLoading:
     def test_a_lora_in_a_pipeline_joins_with_it(self, tmp_path):
         pipe = sd_pipeline(0)
         pipe.load_lora_weights(str(write_lora(pipe, tmp_path / "style.safetensors")))
-        assert np.array_equal(run(Ensemble.from_experts([pipe]).pipeline()), run(pipe))
+        assert np.array_equal(run(Ensemble.from_experts([pipe], aggregator="mean").pipeline()), run(pipe))
 
     def test_a_hub_id_from_the_hubs_cache(self, folders, tmp_path, monkeypatch):
         commit = "0123456789abcdef0123456789abcdef01234567"
@@ -123,8 +128,8 @@ class TestLoading:
             Ensemble.from_experts([str(folders / "photo"), f"photo={folders / 'paint'}"])
 
     def test_a_vae_of_ones_choice(self, folders):
-        by_name = Ensemble.from_experts([str(folders / "photo"), str(folders / "paint")], vae="paint")
-        by_path = Ensemble.from_experts([str(folders / "photo"), str(folders / "paint")], vae=str(folders / "paint" / "vae"))
+        by_name = Ensemble.from_experts([str(folders / "photo"), str(folders / "paint")], vae="paint", aggregator="mean")
+        by_path = Ensemble.from_experts([str(folders / "photo"), str(folders / "paint")], vae=str(folders / "paint" / "vae"), aggregator="mean")
         for ensemble in (by_name, by_path):
             assert torch.equal(ensemble.pipeline().vae.decoder.conv_in.weight, sd_pipeline(1).vae.decoder.conv_in.weight)
 
@@ -176,11 +181,11 @@ class TestRefusals:
     def test_a_single_file_without_its_vae(self, tmp_path, folders):
         write_single_file(sd_pipeline(0), tmp_path / "bare.safetensors", vae=False)
         with pytest.raises(UserError, match="VAE"):
-            Ensemble.from_experts([str(tmp_path / "bare.safetensors")], config=str(folders / "configs")).pipeline()
+            Ensemble.from_experts([str(tmp_path / "bare.safetensors")], config=str(folders / "configs"), aggregator="mean").pipeline()
 
     def test_a_lora_of_another_model(self, folders, tmp_path):
         torch.manual_seed(0)
-        unet = sd_unet(0, cross_attention_dim=32)
+        unet = sd_unet(0, **ONE_LEVEL, cross_attention_dim=32)
         unet.add_adapter(LoraConfig(r=2, target_modules=["to_k"], init_lora_weights=False))
         pipe = sd_pipeline(0)
         type(pipe).save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(unet), weight_name="other.safetensors")
@@ -250,11 +255,17 @@ def test_every_reason_is_given_at_once():
     assert len(mismatches([one, other])) == 2
 
 
+@functools.cache
+def real_unets(config):
+    with torch.device("meta"):
+        settings = UNet2DConditionModel.load_config(CONFIGS / config / "unet")
+        return [UNet2DConditionModel.from_config(settings) for _ in range(3)]
+
+
 @pytest.mark.parametrize(("config", "stages", "unet", "aggregators"), [("sd15", 25, 859_520_964, 45_132_416), ("sdxl", 19, 2_567_463_684, 45_750_144)])
 def test_real_configs_have_the_published_sizes(config, stages, unet, aggregators):
     with torch.device("meta"):
-        settings = UNet2DConditionModel.load_config(CONFIGS / config / "unet")
-        model = UNetEnsemble([UNet2DConditionModel.from_config(settings) for _ in range(3)])
+        model = UNetEnsemble(real_unets(config))
     assert len(model.stages) == stages
     assert count_parameters(model.experts[0]) == unet
     assert count_parameters(model.aggregators) == aggregators
@@ -265,8 +276,7 @@ def test_depth_has_the_published_cost(depth, millions):
     from afa.aggregators.registry import Recipe
 
     with torch.device("meta"):
-        settings = UNet2DConditionModel.load_config(CONFIGS / "sd15" / "unet")
-        model = UNetEnsemble([UNet2DConditionModel.from_config(settings) for _ in range(3)], recipe=Recipe("sabw", {"depth": depth}))
+        model = UNetEnsemble(real_unets("sd15"), recipe=Recipe("sabw", {"depth": depth}))
     assert abs(count_parameters(model.aggregators) / 1e6 - millions) < 0.01
 
 

@@ -1,22 +1,29 @@
 """Experts of SD3 and FLUX.1 from folders and single files, denoisers alone among them, and the pipeline that lends them the rest."""
 
+import functools
 import json
 
 import numpy as np
 import pytest
 import torch
 from original_transformers import originals, write_transformer
-from tiny_transformers import flux_pipeline, flux_transformer, sd3_pipeline, sd3_transformer
+from tiny_transformers import FLUX_SMALL, SD3_SMALL, flux_transformer
+from tiny_transformers import flux_pipeline as flux_pipeline_of
+from tiny_transformers import sd3_pipeline as sd3_pipeline_of
+from tiny_transformers import sd3_transformer as sd3_transformer_of
 
 from afa import Ensemble, UserError
 from afa.experts.description import describe_config, describe_expert
 from afa.experts.load import load_experts
 from afa.experts.shipped import KNOWN_CONFIGS
-from afa.experts.single_file import config_folder, detect_config
+from afa.experts.single_file import detect_config
 from afa.experts.spec import ExpertSpec
 from afa.models.registry import FAMILIES
 
-PIPELINES = {"sd3": (sd3_pipeline, sd3_transformer), "flux": (flux_pipeline, flux_transformer)}
+sd3_pipeline, sd3_transformer = (functools.partial(make, **SD3_SMALL) for make in (sd3_pipeline_of, sd3_transformer_of))
+flux_pipeline = functools.partial(flux_pipeline_of, **FLUX_SMALL)
+PIPELINES = {"sd3": (sd3_pipeline, sd3_transformer), "flux": (flux_pipeline, functools.partial(flux_transformer, **FLUX_SMALL))}
+SABW = {"hidden": 16, "heads": 2, "depth": 1}
 STAGES = {"sd3": 25, "sd35": 25, "sd35-large": 39, "flux": 58, "flux-schnell": 58}
 PARAMETERS = {"sd3": 2_028_328_000, "sd35": 2_243_171_520, "sd35-large": 8_056_627_520, "flux": 11_901_408_320, "flux-schnell": 11_891_178_560}
 
@@ -36,26 +43,35 @@ def folders(family, tmp_path_factory):
     return place
 
 
-def draw(ensemble, seed=0):
-    pipe = ensemble.pipeline()
+def drawn(pipe):
     pipe.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(seed)
-    return pipe("a red bicycle", num_inference_steps=2, height=64, width=64, output_type="np", generator=generator).images
+    return pipe("a red bicycle", num_inference_steps=1, height=64, width=64, output_type="np", generator=torch.Generator().manual_seed(0)).images
+
+
+def draw(ensemble):
+    return drawn(ensemble.pipeline())
+
+
+@functools.cache
+def described(config):
+    """A published model without content."""
+    return describe_config("real", config)
 
 
 def same_weights(model, other):
-    return all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in model.state_dict().items())
+    wanted = other.state_dict()
+    return all(torch.equal(tensor, wanted[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("config", STAGES)
 def test_the_real_architectures_have_their_stages_and_parameters(config):
-    model = describe_config("real", config).expert.model
+    model = described(config).expert.model
     assert len(FAMILIES["flux" if "flux" in config else "sd3"].stages(model)) == STAGES[config]
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[config]
 
 
 def test_three_experts_of_folders_draw_and_are_found_again(folders, tmp_path):
-    ensemble = Ensemble.from_experts([str(folders / "photo"), str(folders / "paint"), str(folders / "draw")])
+    ensemble = Ensemble.from_experts([str(folders / "photo"), str(folders / "paint"), str(folders / "draw")], **SABW)
     assert [len(encoder.encoders) for encoder in ensemble.text_encoders] == [1] * len(ensemble.text_encoders)
     for aggregator in ensemble.aggregators.values():
         torch.nn.init.normal_(aggregator.conv_out.weight)
@@ -68,7 +84,7 @@ def test_three_experts_of_folders_draw_and_are_found_again(folders, tmp_path):
 
 def test_pipelines_in_memory_are_bundled_as_what_they_are(family, tmp_path):
     pipeline = PIPELINES[family][0]
-    ensemble = Ensemble.from_experts([pipeline(0), pipeline(1)])
+    ensemble = Ensemble.from_experts([pipeline(0), pipeline(1)], aggregator="mean")
     ensemble.save(tmp_path / "bundle", bundle=True)
     assert json.loads((tmp_path / "bundle/experts/expert_0/model_index.json").read_text())["_class_name"] == type(pipeline(0)).__name__
     assert np.array_equal(draw(Ensemble.load(tmp_path / "bundle")), draw(ensemble))
@@ -83,17 +99,15 @@ def test_equal_text_encoders_are_loaded_once(folders):
 def test_a_frame_lends_to_denoisers_alone_and_is_found_again(family, folders, tmp_path):
     PIPELINES[family][1](5).save_pretrained(tmp_path / "other")
     experts = [str(folders / "draw"), str(tmp_path / "other")]
-    ensemble = Ensemble.from_experts(experts, frame=str(folders / "photo"))
-    own = Ensemble.from_experts(experts[:1], frame=str(folders / "photo"), placement="out")
+    ensemble = Ensemble.from_experts(experts, frame=str(folders / "photo"), aggregator="mean")
+    own = Ensemble.from_experts(experts[:1], frame=str(folders / "photo"), aggregator="mean", placement="out")
     pipe = PIPELINES[family][0](0, text_seed=0)
     pipe.transformer = PIPELINES[family][1](2)
-    pipe.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(0)
-    alone = pipe("a red bicycle", num_inference_steps=2, height=64, width=64, output_type="np", generator=generator).images
-    assert np.array_equal(draw(own), alone)
+    assert np.array_equal(draw(own), drawn(pipe))
+    expected = draw(ensemble)
     for bundle in (False, True):
         ensemble.save(tmp_path / f"saved{bundle}", bundle=bundle)
-        assert np.array_equal(draw(Ensemble.load(tmp_path / f"saved{bundle}")), draw(ensemble))
+        assert np.array_equal(draw(Ensemble.load(tmp_path / f"saved{bundle}")), expected)
     assert not list((tmp_path / "savedTrue/frame").rglob("transformer"))
 
 
@@ -119,7 +133,7 @@ def test_a_single_file_is_the_model_it_was_made_of(tmp_path, prefix):
     model = sd3_transformer(1)
     extra = {"first_stage_model.decoder.conv_in.weight": torch.zeros(3)} if prefix else {}  # what files of several parts hold besides
     file = write_transformer("sd3", model.state_dict(), tmp_path / "tuned.safetensors", prefix, **extra)
-    ensemble = Ensemble.from_experts([str(tmp_path / "whole"), str(file)], config=str(tmp_path / "whole"))
+    ensemble = Ensemble.from_experts([str(tmp_path / "whole"), str(file)], config=str(tmp_path / "whole"), aggregator="mean")
     assert same_weights(ensemble.experts[1].model, model)
     ensemble.save(tmp_path / "saved")
     assert np.array_equal(draw(Ensemble.load(tmp_path / "saved")), draw(ensemble))
@@ -128,27 +142,9 @@ def test_a_single_file_is_the_model_it_was_made_of(tmp_path, prefix):
     assert outline.text_parts == []
 
 
-def test_a_flux_file_is_the_model_it_was_made_of(tmp_path):
-    """One block of each kind at FLUX.1's own width, the only one that single files are converted at; in half precision to be light."""
-    config = config_folder("flux") / "transformer/config.json"
-    small = json.loads(config.read_text()) | {"num_layers": 1, "num_single_layers": 1, "joint_attention_dim": 16, "pooled_projection_dim": 16}
-    (tmp_path / "small/transformer").mkdir(parents=True)
-    (tmp_path / "small/transformer/config.json").write_text(json.dumps(small))
-    (tmp_path / "small/model_index.json").write_text((config_folder("flux") / "model_index.json").read_text())
-    names = {key: value for key, value in small.items() if not key.startswith("_")}
-    with torch.device("meta"):
-        model = flux_transformer(**names)
-    model = model.to(torch.bfloat16).to_empty(device="cpu")
-    for parameter in model.parameters():  # other numbers in every row; random ones everywhere would take ten seconds
-        parameter.data.copy_(torch.randn(len(parameter)).view(-1, *[1] * (parameter.ndim - 1)).expand_as(parameter))
-    file = write_transformer("flux", model.state_dict(), tmp_path / "flux.safetensors", prefix="")
-    (expert,) = load_experts([str(file)], torch.bfloat16, str(tmp_path / "small"))
-    assert same_weights(expert.model, model)
-
-
 def real_header(kind, config, path, **changes):
     """A file with all keys and shapes of a real checkpoint, and no content on the disk."""
-    model = describe_config("real", config).expert.model
+    model = described(config).expert.model
     tensors = {name: torch.empty(shape, device="meta") for name, shape in changes.items()}
     tensors |= {name: tensor for name, tensor in originals(kind, dict(model.state_dict())) if name not in tensors}
     header, end = {}, 0
@@ -211,7 +207,7 @@ def test_a_denoiser_that_fills_in_needs_its_pipeline():
 
 @pytest.mark.parametrize("name", KNOWN_CONFIGS)
 def test_every_known_config_is_complete(name):
-    assert describe_config("real", name).expert.scheduler is not None
+    assert described(name).expert.scheduler is not None
 
 
 def addresses(expert):

@@ -10,6 +10,13 @@ from diffusers import UNet2DConditionModel
 from family_models import MODELS
 from inspected import edit, pipe, write_experts
 from tiny import inputs, scheduler, sd_unet, sdxl_inputs, sdxl_unet
+from tiny_chroma import CHROMA_SMALL
+from tiny_flux2 import FLUX2_SMALL
+from tiny_krea2 import KREA2_SMALL
+from tiny_lumina2 import LUMINA2_SMALL
+from tiny_qwen_image_21 import QWEN_IMAGE_21_SMALL
+from tiny_transformers import FLUX_SMALL, QWEN_IMAGE_SMALL
+from tiny_z_image import Z_IMAGE_SMALL
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -26,6 +33,16 @@ from afa.pages.numbers import scaled
 from afa.pages.tables import listing
 
 SMALL = {"hidden": 32, "heads": 2, "depth": 1}
+FEW = {  # two blocks of a kind, of which one is counted for both
+    "flux": FLUX_SMALL,
+    "flux2": FLUX2_SMALL,
+    "qwen-image": QWEN_IMAGE_SMALL,
+    "z-image": Z_IMAGE_SMALL,
+    "chroma": CHROMA_SMALL,
+    "qwen-image-2.1": QWEN_IMAGE_21_SMALL,
+    "krea2": KREA2_SMALL,
+    "lumina2": LUMINA2_SMALL,
+}
 ONLY_INSPECT = "import sys, afa.cli.main as m; m.COMMANDS = {'inspect': 'afa.cli.inspect'}; "
 
 
@@ -134,25 +151,19 @@ class TestCost:
             unet(**call(batch=1, height=16, width=24))
         assert count_flops(meta(unet), 16, 24, batch=1, tokens=7).total == counter.get_total_flops()
 
-    @pytest.mark.parametrize("name", MODELS)
-    def test_one_count_of_all_stages_says_what_every_placement_and_expert_costs(self, name):
-        model = MODELS[name]
+    @pytest.mark.parametrize(("name", "kind"), [(name, ("sabw", "stitch")[place % 2]) for place, name in enumerate(MODELS)])
+    def test_one_count_says_what_every_placement_and_expert_costs_and_stages_of_one_kind_that_run_once_count_as_if_each_ran(self, name, kind, monkeypatch):
+        """Aggregators see maps alone, so that each kind of them is tried with half of the families."""
+        ensemble = MODELS[name].ensemble
         with torch.device("meta"):
-            experts = [type(model.make()).from_config(model.make().config) for _ in range(2)]
-            whole, some = (model.ensemble(experts, recipe=Recipe("sabw", SMALL), placement=where) for where in ("layers", model.chosen))
-        counted = count_flops(whole, 16, 16, tokens=7)
-        assert counted.only(some.fused) == count_flops(some, 16, 16, tokens=7)
-        assert counted.only([]).total == 2 * count_flops(experts[0], 16, 16, tokens=7).total
-
-    @pytest.mark.parametrize("name", MODELS)
-    def test_stages_and_aggregators_of_one_kind_that_run_once_count_as_if_each_ran(self, name, monkeypatch):
-        model = MODELS[name]
-        with torch.device("meta"):
-            experts = [type(model.make()).from_config(model.make().config) for _ in range(2)]
-            ensemble = model.ensemble(experts, recipe=Recipe("stitch", SMALL), placement="layers")
-        once = count_flops(ensemble, 24, 16, tokens=7)
+            made = MODELS[name].make(**FEW.get(name, {}))
+            experts = [type(made).from_config(made.config) for _ in range(2)]
+            whole, some = (ensemble(experts, recipe=Recipe(kind, SMALL), placement=where) for where in ("layers", "every-2"))
+        counted = count_flops(whole, 24, 16, tokens=7)
+        assert counted.only(some.fused) == count_flops(some, 24, 16, tokens=7)
+        assert counted.only([]).total == 2 * count_flops(experts[0], 24, 16, tokens=7).total
         monkeypatch.setattr("afa.cost._each_kind_once", lambda *_: contextlib.nullcontext({"": 0}))
-        assert once == count_flops(ensemble, 24, 16, tokens=7)
+        assert counted == count_flops(whole, 24, 16, tokens=7)
 
     @pytest.mark.parametrize("name", ["sd", "flux"])
     def test_flops_of_training_are_those_of_a_real_step(self, name):

@@ -5,7 +5,7 @@ import torch
 from inspected import pipe
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from test_lora_sharing import close, latents
+from test_lora_sharing import close, once
 from tiny import SMALL, inputs, sd_pipeline, sd_unet
 from tiny_loras import write_lora
 
@@ -73,7 +73,7 @@ def test_a_merge_of_pipelines_sees_fused_weights(folder):
 
 def test_a_rival_alone_is_the_fused_expert(ensemble, copies):
     for shared, alone in zip(ensemble.experts, copies, strict=True):
-        assert close(latents(own_pipeline(shared).pipeline), latents(own_pipeline(alone).pipeline))
+        assert close(once(own_pipeline(shared).pipeline), once(own_pipeline(alone).pipeline))
 
 
 def test_the_control_is_trained_on_plain_layers_of_its_own(ensemble, copies):
@@ -88,21 +88,27 @@ def test_the_control_is_trained_on_plain_layers_of_its_own(ensemble, copies):
     assert matching_rank(ensemble.experts[0].model, 50_000) == matching_rank(sd_unet(**SMALL), 50_000)
 
 
-@pytest.mark.parametrize("store", STORES)
-def test_a_shared_base_is_stored_once(tmp_path, store):
-    sizes = {"block_out_channels": (32, 64)}
-    base = sd_pipeline(0, **sizes)
-    base.save_pretrained(tmp_path / "base")
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A base wide enough to be stored in blocks, and a LoRA on it."""
+    root = tmp_path_factory.mktemp("wide")
+    base = sd_pipeline(0, block_out_channels=(32, 64))
+    base.save_pretrained(root / "base")
     base.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "conv1"], init_lora_weights=False))
     layers = {key: tensor.contiguous() for key, tensor in get_peft_model_state_dict(base.unet).items()}
-    type(base).save_lora_weights(tmp_path, unet_lora_layers=layers, weight_name="ink.safetensors")
-    ensemble = Ensemble.from_experts([f"a={tmp_path / 'base'}+{tmp_path / 'ink.safetensors'}", f"b={tmp_path / 'base'}"], aggregator="mean")
+    type(base).save_lora_weights(root, unet_lora_layers=layers, weight_name="ink.safetensors")
+    return root
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_a_shared_base_is_stored_once(wide, store):
+    ensemble = Ensemble.from_experts([f"a={wide / 'base'}+{wide / 'ink.safetensors'}", f"b={wide / 'base'}"], aggregator="mean")
     with torch.no_grad():
         before = ensemble.denoiser(**inputs()).sample
     experts = ensemble.denoiser.experts
     adapters = sum(parameter.numel() * 4 for key, parameter in experts.named_parameters() if "lora_" in key)
     store_weights(experts, store)
-    alone = load_expert(str(tmp_path / "base")).model.requires_grad_(False)
+    alone = load_expert(str(wide / "base")).model.requires_grad_(False)
     store_weights(alone, "int8" if store.startswith("delta") else store)
     assert stored_bytes(experts) == stored_bytes(alone) + adapters
     assert len({tensor.data_ptr() for tensor in kept_elsewhere(experts)}) == len(kept_elsewhere(alone))

@@ -1,17 +1,28 @@
 """Merges from files to files: streamed equals in memory, in every layout, with little memory, all or nothing."""
 
+import functools
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-from merging_models import afa_merge, apart, saved, sd, sdxl, settings, weights_of, write_experts
+from merging_models import (
+    afa_merge,
+    apart,
+    apart_on_disk,
+    saved,
+    sdxl,
+    settings,
+    weights_of,
+    write_experts,
+)
+from merging_models import sd as sd_of
 from original_layout import write_single_file
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_merging_rules import MERGES
-from tiny import quiet
+from tiny import ONE_LEVEL, SDXL_SMALL, quiet
 
 from afa.errors import UserError
 from afa.experts.load import load_expert
@@ -23,13 +34,14 @@ from afa.merging.registry import find_merge
 from afa.merging.settings import MergeSettings
 from afa.merging.sources import Reader
 
+sd = functools.partial(sd_of, **ONE_LEVEL)
 OPTIONS = {"mbw": ["--weights", "GRAD_V"], "dare": ["--drop", "0.3", "--seed", "7"]}
 IN_MEMORY = {"mbw": {"weights": "GRAD_V"}, "dare": {"drop": 0.3, "seed": 7}}
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    return write_experts(tmp_path_factory.mktemp("experts"))
+    return write_experts(tmp_path_factory.mktemp("experts"), **ONE_LEVEL)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +64,7 @@ def test_streaming_equals_in_memory(method, home, pipes, tmp_path):
     arguments = ["--method", method, "--experts", *(home / name for name in experts), *base, *OPTIONS.get(method, [])]
     assert afa_merge(*arguments, "--output", tmp_path / "merged") == 0
     expected = merge_pipelines(pipes[: len(experts)], method, base=pipes[3] if based else None, **IN_MEMORY.get(method, {}))
-    assert apart(read(tmp_path / "merged", home / "a"), expected) == 0
+    assert apart_on_disk(tmp_path / "merged", expected) == 0
     assert apart(expected, pipes[0]) > 0.01
 
 
@@ -89,7 +101,7 @@ def test_a_merged_single_file_is_an_expert(home, tmp_path):
 
 
 def test_sharded_folders_are_read_whole(home, tmp_path):
-    shards = saved(sd(0), tmp_path / "shards", max_shard_size="200KB")
+    shards = saved(sd(0), tmp_path / "shards", max_shard_size="100KB")
     assert len(list((shards / "unet").glob("*.safetensors"))) > 2
     for name, first in (("whole", home / "a"), ("from_shards", shards)):
         merge_files(MergeSettings([str(first), str(home / "b")], str(tmp_path / name)))
@@ -109,9 +121,14 @@ def test_a_bare_denoiser_is_merged_to_a_bare_denoiser(home, pipes, tmp_path):
     assert all(torch.equal(merged[name], expected[name]) for name in expected)
 
 
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return [saved(sdxl(seed, **SDXL_SMALL), tmp_path_factory.mktemp("sdxl") / f"xl{seed}") for seed in range(2)]
+
+
 @pytest.mark.parametrize("file", ["merged.safetensors", "merged"])
-def test_sdxl_is_merged_in_both_layouts(file, tmp_path):
-    folders = [saved(sdxl(seed), tmp_path / f"xl{seed}") for seed in range(2)]
+def test_sdxl_is_merged_in_both_layouts(file, pair, tmp_path):
+    folders = pair
     merge_files(MergeSettings([str(folder) for folder in folders], str(tmp_path / file), method="mbw", weights=["WRAP12"]))
     if file == "merged":
         pipe = StableDiffusionXLPipeline.from_pretrained(tmp_path / file, local_files_only=True)
@@ -120,7 +137,7 @@ def test_sdxl_is_merged_in_both_layouts(file, tmp_path):
         pipe = StableDiffusionXLPipeline.from_single_file(str(tmp_path / file), **options)
         merge_files(MergeSettings([str(tmp_path / file)], str(tmp_path / "back"), config=str(folders[0])))
         assert apart(StableDiffusionXLPipeline.from_pretrained(tmp_path / "back", local_files_only=True), pipe) == 0
-    assert apart(pipe, merge_pipelines([sdxl(0), sdxl(1)], "mbw", weights="WRAP12")) == 0
+    assert apart(pipe, merge_pipelines([sdxl(seed, **SDXL_SMALL) for seed in range(2)], "mbw", weights="WRAP12")) == 0
 
 
 def test_sd2_keeps_its_open_clip_names_and_what_is_not_used(tmp_path):

@@ -18,7 +18,15 @@ from published_transformers import NAMES, published
 from safetensors.torch import load_file, save_file
 from scaled_weights import SPELLINGS, stored
 from tiny_chroma import CHROMA_SMALL, chroma_pipeline, chroma_transformer
-from tiny_flux2 import FLUX2_SMALL, flux2_pipeline, flux2_transformer, klein_pipeline, klein_transformer
+from tiny_flux2 import (
+    FLUX2_SMALL,
+    flux2_pipeline,
+    flux2_transformer,
+    klein_pipeline,
+    klein_transformer,
+    mistral_encoder,
+    qwen3_encoder,
+)
 from tiny_krea2 import KREA2_SMALL, krea2_pipeline, krea2_transformer
 from tiny_lumina2 import LUMINA2_SMALL, lumina2_pipeline, lumina2_transformer
 from tiny_qwen_image_21 import QWEN_IMAGE_21_SMALL, qwen_image_21_pipeline, qwen_image_21_transformer
@@ -51,12 +59,20 @@ from afa.merging.engine import merge_files
 from afa.merging.settings import MergeSettings
 from afa.merging.single_file import original_places
 
+
+def shallow(pipeline, encoder, seed, **transformer):
+    """With two layers of text encoder in place of the thirty that FLUX.2 reads: nothing is drawn here."""
+    made = pipeline(seed, **transformer)
+    made.register_modules(text_encoder=encoder(0, num_hidden_layers=2))
+    return made
+
+
 SMALL = {  # of SD3 a block with dual attention, a plain one, and the last
     "sd3": (sd3_pipeline, sd3_transformer, {"num_layers": 3, "dual_attention_layers": (0,)}),
     "flux": (flux_pipeline, flux_transformer, FLUX_SMALL),
     "qwen-image": (qwen_image_pipeline, qwen_image_transformer, QWEN_IMAGE_SMALL),
-    "flux2": (flux2_pipeline, flux2_transformer, FLUX2_SMALL),
-    "klein": (klein_pipeline, klein_transformer, FLUX2_SMALL),
+    "flux2": (functools.partial(shallow, flux2_pipeline, mistral_encoder), flux2_transformer, FLUX2_SMALL),
+    "klein": (functools.partial(shallow, klein_pipeline, qwen3_encoder), klein_transformer, FLUX2_SMALL),
     "chroma": (chroma_pipeline, chroma_transformer, CHROMA_SMALL | {"num_single_layers": 2}),
     "z-image": (z_image_pipeline, z_image_transformer, Z_IMAGE_SMALL),
     "krea2": (krea2_pipeline, krea2_transformer, KREA2_SMALL),

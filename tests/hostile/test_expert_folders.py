@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from merging_models import saved, sd
 from safetensors.torch import load_file, save_file
+from tiny import ONE_LEVEL
 
 import afa.experts.parts
 from afa.errors import UserError
@@ -22,15 +24,19 @@ from afa.frame import Frame
 from afa.merging.sources import Reader, open_source
 from afa.schedulers import read_scheduler
 
-ASSETS = Path(afa.__file__).parent / "demo" / "assets"
 UNET, TEXT = "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
 KEY = "conv_in.bias"
 
 
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    return saved(sd(0, **ONE_LEVEL), tmp_path_factory.mktemp("original") / "curves")
+
+
 @pytest.fixture
-def folder(tmp_path):
+def folder(original, tmp_path):
     """A copy of an expert without its weights' bytes: files are linked, and replaced where a test writes."""
-    return Path(shutil.copytree(ASSETS / "curves", tmp_path / "curves", copy_function=os.link))
+    return Path(shutil.copytree(original, tmp_path / "curves", copy_function=os.link))
 
 
 def replace(path: Path, content) -> Path:
@@ -181,7 +187,7 @@ def test_a_strange_index_of_shards_is_refused_by_name(folder, index, match):
         assert "index.json" in str(raised.value)
 
 
-def test_only_pickles_are_refused_whatever_part_they_are_of(folder):
+def test_only_pickles_are_refused_whatever_part_they_are_of(original, folder):
     for part in ("unet", "text_encoder", "vae"):
         file = next((folder / part).glob("*.safetensors"))
         pickle = file.with_suffix(".bin")
@@ -189,7 +195,7 @@ def test_only_pickles_are_refused_whatever_part_they_are_of(folder):
         file.unlink()
         with pytest.raises(UserError, match=rf"{part} are pickled \({pickle.name}\)"):
             _ = load_expert(str(folder)).load_vae()
-        os.link(ASSETS / "curves" / part / file.name, file)
+        os.link(original / part / file.name, file)
 
 
 COMMANDS = {
@@ -324,9 +330,9 @@ def test_tokenizers_and_schedulers_with_code_of_their_own_are_refused(folder):
         replace(path, before)
 
 
-def test_a_folder_of_a_tokenizer_or_a_scheduler_never_runs_code(folder, tmp_path):
+def test_a_folder_of_a_tokenizer_or_a_scheduler_never_runs_code(original, folder, tmp_path):
     """--tokenizer and --scheduler take folders that no pipeline describes."""
-    expert = load_expert(str(ASSETS / "curves"))
+    expert = load_expert(str(original))
     other = Path(shutil.copytree(folder / "tokenizer", tmp_path / "tok"))
     replace(other / "tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}, "tokenizer_class": "Tokenizer"})
     (other / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Tokenizer: pass\n")
@@ -334,7 +340,7 @@ def test_a_folder_of_a_tokenizer_or_a_scheduler_never_runs_code(folder, tmp_path
         _ = Frame([expert], tokenizer=str(other)).tokenizers
     for name in ("load_image", "SchedulerMixin", "UNet2DConditionModel", ["a"], None):
         scheduler = folder / "scheduler" / "scheduler_config.json"
-        replace(scheduler, json.loads((ASSETS / "curves" / "scheduler" / "scheduler_config.json").read_text()) | {"_class_name": name})
+        replace(scheduler, json.loads((original / "scheduler" / "scheduler_config.json").read_text()) | {"_class_name": name})
         with pytest.raises(UserError, match="scheduler"):
             read_scheduler(folder)
     assert not (tmp_path / "ran").exists()

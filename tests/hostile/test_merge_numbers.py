@@ -4,9 +4,10 @@ import shutil
 
 import pytest
 import torch
-from hostile import ASSETS, afa
+from hostile import afa
+from merging_models import saved, sd
 from safetensors.torch import load_file, save_file
-from tiny import SMALL, sd_unet, text_encoder
+from tiny import ONE_LEVEL, sd_unet, text_encoder
 from torch import nn
 
 from afa import UserError
@@ -24,9 +25,18 @@ NONE = [float("nan"), float("inf"), float("-inf")]
 OPTIONS = {"mbw": {"weights": {"base": (0.5, 0.5)}}}
 
 
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    """Three in half precision."""
+    root = tmp_path_factory.mktemp("experts")
+    for seed, name in enumerate(("curves", "angles", "patterns")):
+        saved(sd(seed, **ONE_LEVEL).to(torch.float16), root / name)
+    return root
+
+
 def changed(tmp_path, source, name, file, change):
-    """A copy of an embedded expert with other tensors in one file."""
-    folder = shutil.copytree(ASSETS / source, tmp_path / name)
+    """A copy of an expert with other tensors in one file."""
+    folder = shutil.copytree(source, tmp_path / name)
     tensors = load_file(folder / file)
     change(tensors)
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / file, metadata={"format": "pt"})
@@ -41,28 +51,27 @@ def put(key, value, at=slice(7, 8)):
     return change
 
 
-@pytest.mark.parametrize("value", NONE)
-@pytest.mark.parametrize("file", [UNET, TEXT, VAE])
-def test_a_merge_of_files_names_the_expert_and_the_tensor_that_is_not_finite(tmp_path, value, file):
+@pytest.mark.parametrize(("file", "value"), [*((UNET, value) for value in NONE), (TEXT, NONE[0]), (VAE, NONE[1])])
+def test_a_merge_of_files_names_the_expert_and_the_tensor_that_is_not_finite(experts, tmp_path, value, file):
     """Of what is merged and of what is copied."""
-    key = next(key for key, tensor in load_file(ASSETS / "curves" / file).items() if tensor.numel() > 8)
-    broken = changed(tmp_path, "curves", "broken", file, put(key, value))
-    run = afa("merge", "--experts", broken, ASSETS / "angles", "--output", tmp_path / "merged")
+    key = next(key for key, tensor in load_file(experts / "curves" / file).items() if tensor.numel() > 8)
+    broken = changed(tmp_path, experts / "curves", "broken", file, put(key, value))
+    run = afa("merge", "--experts", broken, experts / "angles", "--output", tmp_path / "merged")
     assert run.refused and "'broken'" in run.err and key in run.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken"]
 
 
 @pytest.mark.parametrize("method", [method for method in MERGES if find_merge(method).needs("base")])
-def test_a_base_that_is_not_finite_is_named(tmp_path, method):
-    broken = changed(tmp_path, "curves", "broken", UNET, put(KEY, float("nan")))
-    run = afa("merge", "--method", method, "--experts", ASSETS / "angles", ASSETS / "patterns", "--base", broken, "--output", tmp_path / "m")
+def test_a_base_that_is_not_finite_is_named(experts, tmp_path, method):
+    broken = changed(tmp_path, experts / "curves", "broken", UNET, put(KEY, float("nan")))
+    run = afa("merge", "--method", method, "--experts", experts / "angles", experts / "patterns", "--base", broken, "--output", tmp_path / "m")
     assert run.refused and "'broken'" in run.err and KEY in run.err
 
 
 @pytest.mark.parametrize(("dtype", "done"), [(None, False), ("float16", False), ("bfloat16", True), ("float32", True)])
-def test_a_result_that_does_not_fit_the_outputs_type_is_refused_with_the_way_out(tmp_path, dtype, done):
-    high = changed(tmp_path, "curves", "high", UNET, put(KEY, 60000.0))
-    low = changed(tmp_path, "curves", "low", UNET, put(KEY, -60000.0))
+def test_a_result_that_does_not_fit_the_outputs_type_is_refused_with_the_way_out(experts, tmp_path, dtype, done):
+    high = changed(tmp_path, experts / "curves", "high", UNET, put(KEY, 60000.0))
+    low = changed(tmp_path, experts / "curves", "low", UNET, put(KEY, -60000.0))
     more = ["--dtype", dtype] if dtype else []
     run = afa("merge", "--method", "add_difference", "--experts", f"a={high}", f"b={high}", "--base", low, "--output", tmp_path / "sum", *more)
     if done:
@@ -73,14 +82,14 @@ def test_a_result_that_does_not_fit_the_outputs_type_is_refused_with_the_way_out
         assert not (tmp_path / "sum").exists()
 
 
-def test_a_copy_that_does_not_fit_the_outputs_type_is_refused(tmp_path):
-    wide = changed(tmp_path, "curves", "wide", VAE, lambda tensors: tensors.update({"quant_conv.bias": tensors["quant_conv.bias"].float() + 1e6}))
-    run = afa("merge", "--experts", wide, ASSETS / "angles", "--output", tmp_path / "merged", "--dtype", "float16")
+def test_a_copy_that_does_not_fit_the_outputs_type_is_refused(experts, tmp_path):
+    wide = changed(tmp_path, experts / "curves", "wide", VAE, lambda tensors: tensors.update({"quant_conv.bias": tensors["quant_conv.bias"].float() + 1e6}))
+    run = afa("merge", "--experts", wide, experts / "angles", "--output", tmp_path / "merged", "--dtype", "float16")
     assert run.refused and "quant_conv.bias" in run.err and "--dtype" in run.err
 
 
 def parts(seed, dtype=torch.float32):
-    return {"unet": sd_unet(seed, **SMALL).to(dtype)}
+    return {"unet": sd_unet(seed, **ONE_LEVEL).to(dtype)}
 
 
 @pytest.mark.parametrize("value", NONE)
@@ -130,8 +139,7 @@ def test_a_cast_that_makes_infinity_or_nan_is_refused(dtype):
 # ---- what is no weight
 
 
-COUNT = load_file(ASSETS / "curves" / TEXT)["embeddings.position_embedding.weight"].shape[0]
-WHOLE = torch.arange(COUNT)[None]
+WHOLE = torch.arange(24)[None]  # of the text encoder's 24 places
 KINDS = {"int64": WHOLE, "int32": WHOLE.int(), "float16": WHOLE.half(), "float32 x 0.9": WHOLE * 0.9, "absent": None, "nan": WHOLE * float("nan")}
 
 
@@ -139,17 +147,17 @@ KINDS = {"int64": WHOLE, "int32": WHOLE.int(), "float16": WHOLE.half(), "float32
     ("first", "second"),
     [("int64", "float16"), ("int64", "absent"), ("absent", "float16"), ("float16", "int64"), ("int32", "nan"), ("float32 x 0.9", "int64")],
 )
-def test_position_ids_are_whole_numbers_from_0_or_absent_whatever_the_experts_hold(tmp_path, first, second):
+def test_position_ids_are_whole_numbers_from_0_or_absent_whatever_the_experts_hold(experts, tmp_path, first, second):
     folders = []
     for name, source, kind in (("one", "curves", first), ("two", "angles", second)):
         ids = KINDS[kind]
         folder = tmp_path / name
         (folder / "text_encoder").mkdir(parents=True)
-        for part in (ASSETS / source).iterdir():
+        for part in (experts / source).iterdir():
             if part.name != "text_encoder":
                 (folder / part.name).symlink_to(part)
-        (folder / "text_encoder" / "config.json").symlink_to(ASSETS / source / "text_encoder" / "config.json")
-        tensors = load_file(ASSETS / source / TEXT) | ({"embeddings.position_ids": ids} if ids is not None else {})
+        (folder / "text_encoder" / "config.json").symlink_to(experts / source / "text_encoder" / "config.json")
+        tensors = load_file(experts / source / TEXT) | ({"embeddings.position_ids": ids} if ids is not None else {})
         save_file(tensors, folder / TEXT, metadata={"format": "pt"})
         folders.append(folder)
     run = afa("merge", "--experts", *folders, "--output", tmp_path / "merged", "--dtype", "bfloat16")
@@ -257,7 +265,7 @@ def test_options_out_of_their_bounds_are_refused(method, option, values):
             merge.apply(method, **{option: value})
 
 
-def test_model_stock_says_how_many_tensors_are_the_bases(capsys, tmp_path):
+def test_model_stock_says_how_many_tensors_are_the_bases(experts, capsys, tmp_path):
     one, other, base = parts(0), parts(1), parts(2)
     with torch.no_grad():
         for name in ("conv_in.weight", "conv_out.weight"):
@@ -272,10 +280,10 @@ def test_model_stock_says_how_many_tensors_are_the_bases(capsys, tmp_path):
     merge.apply("task_arithmetic")
     assert merge.fallen_back == 0 and "tensors are the base's" not in capsys.readouterr().err
 
-    key, weights = "conv_in.weight", load_file(ASSETS / "patterns" / UNET)
+    key, weights = "conv_in.weight", load_file(experts / "patterns" / UNET)
     pair = [
-        changed(tmp_path, "patterns", name, UNET, lambda held, sign=sign: held.update({key: weights[key] + sign * 0.125}))
+        changed(tmp_path, experts / "patterns", name, UNET, lambda held, sign=sign: held.update({key: weights[key] + sign * 0.125}))
         for name, sign in (("plus", 1), ("minus", -1))
     ]
-    run = afa("merge", "--method", "model_stock", "--experts", *pair, "--base", ASSETS / "patterns", "--output", tmp_path / "m", "--json")
+    run = afa("merge", "--method", "model_stock", "--experts", *pair, "--base", experts / "patterns", "--output", tmp_path / "m", "--json")
     assert run.code == 0 and '"fallen_back": 1' in run.out and "model_stock: 1 of " in run.err

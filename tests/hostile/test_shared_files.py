@@ -1,13 +1,15 @@
 """What is made to be shared holds names and hashes, and no path of the machine that it was made on."""
 
 import json
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from diffusers import StableDiffusionPipeline
 from hostile import ASSETS, afa, downloaded, edit
 from safetensors import safe_open
-from tiny import SMALL, sd_pipeline
+from tiny import ONE_LEVEL, sd_pipeline
 
 from afa import Ensemble
 from afa.checkpoint.manifest import read_manifest
@@ -37,6 +39,14 @@ def private(tmp_path_factory):
     return place, ensemble
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    place = tmp_path_factory.mktemp("models")
+    for seed in (0, 1):
+        sd_pipeline(seed, **ONE_LEVEL).save_pretrained(place / f"model{seed}")
+    return place
+
+
 def test_a_bundle_names_no_folder_of_this_machine(private, tmp_path):
     place, ensemble = private
     before = json.dumps(ensemble.training)
@@ -55,12 +65,9 @@ def test_a_save_that_is_no_bundle_keeps_what_going_on_needs(private, tmp_path):
     assert read_manifest(tmp_path / "own").training["settings"] == json.loads(json.dumps(ensemble.training["settings"]))
 
 
-def test_a_bundle_of_pipelines_that_remember_where_they_came_from_forgets_it(tmp_path):
-    place = tmp_path / "secret-user"
-    pipelines = []
-    for seed in (0, 1):
-        sd_pipeline(seed, **SMALL).save_pretrained(place / str(seed))
-        pipelines.append(type(sd_pipeline(seed, **SMALL)).from_pretrained(place / str(seed), safety_checker=None))
+def test_a_bundle_of_pipelines_that_remember_where_they_came_from_forgets_it(models, tmp_path):
+    place = shutil.copytree(models, tmp_path / "secret-user")
+    pipelines = [StableDiffusionPipeline.from_pretrained(place / f"model{seed}", safety_checker=None) for seed in (0, 1)]
     ensemble = Ensemble.from_experts(pipelines, aggregator="mean")
     ensemble.save(tmp_path / "bundle", bundle=True)
     assert "secret-user" not in texts(tmp_path / "bundle")
@@ -79,11 +86,10 @@ def test_the_header_of_a_lora_names_its_expert_without_folders(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("noted", ["/home/secret-user/photo", "~/secret-user/photo", "C:\\secret-user\\photo", "../secret-user/photo"])
-def test_copied_and_merged_folders_forget_where_their_models_were_read(tmp_path, noted):
+def test_copied_and_merged_folders_forget_where_their_models_were_read(models, tmp_path, noted):
     sources = []
     for seed in (0, 1):
-        sources.append(tmp_path / f"model{seed}")
-        sd_pipeline(seed, **SMALL).save_pretrained(sources[-1])
+        sources.append(shutil.copytree(models / f"model{seed}", tmp_path / f"model{seed}"))
         for file in ("unet/config.json", "text_encoder/config.json", "vae/config.json", "model_index.json"):
             edit(sources[-1] / file, "_name_or_path", value=noted)
         edit(sources[-1] / "tokenizer" / "tokenizer_config.json", "tokenizer_file", value=f"{noted}/tokenizer.json")

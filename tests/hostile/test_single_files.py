@@ -1,5 +1,6 @@
 """Single files that people own: a U-Net alone, a VAE alone, merges that carry their configs; and families that are named, not mistaken."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 from original_layout import write_single_file
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import sd_pipeline
+from tiny import ONE_LEVEL
+from tiny import sd_pipeline as pipeline_of
 
 from afa import Ensemble, UserError
 from afa.experts.description import describe_expert
@@ -28,6 +30,7 @@ from afa.screening.predict import load_shared_parts
 from afa.screening.settings import ScreenSettings
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
+sd_pipeline = functools.partial(pipeline_of, **ONE_LEVEL)
 LAYOUTS = ("prefix", "bare", "diffusers")
 BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
 
@@ -124,7 +127,7 @@ class TestVAEAlone:
             tensors = {key.replace(new, name): tensor for key, tensor in tensors.items()}
         save_file(tensors, tmp_path / "old.safetensors")
         wanted = AutoencoderKL.from_pretrained(home / "b/vae")
-        assert same_weights(Ensemble.from_experts([str(home / "a")], vae=str(tmp_path / "old.safetensors")).frame.vae, wanted)
+        assert same_weights(Ensemble.from_experts([str(home / "a")], vae=str(tmp_path / "old.safetensors"), aggregator="mean").frame.vae, wanted)
         merge_files(MergeSettings(experts=[f"{name}={home / 'a'}" for name in "xy"], vae=str(tmp_path / "old.safetensors"), output=str(tmp_path / "m")))
         assert same_weights(AutoencoderKL.from_pretrained(tmp_path / "m/vae"), wanted)
 
