@@ -1,10 +1,12 @@
 """Laws of looking on: nothing changes by it, weights are convex, words are found where their tokens are."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
 from explained import MAKERS, PROMPT, asked, ensemble, pipeline
-from tiny import inputs, sd_unet
+from tiny import SMALL, inputs, sd_unet
 from tiny_transformers import flux_transformer, sd3_transformer
 
 from afa.cost import call_of, count_flops, count_stage_flops
@@ -18,12 +20,19 @@ from afa.models.unet import UNetEnsemble
 from afa.sampling.sample import sample
 
 
-@pytest.mark.parametrize("family", MAKERS)
-def test_looking_on_changes_nothing_and_weights_are_convex(family):
+@cache
+def looked_on(family="sd"):
+    """An image as it is before anything has looked on, what was recorded, and the pipeline."""
     made = ensemble(family)
     pipe, (request, sampling) = pipeline(made), asked(family)
-    expected = sample(pipe, [request], sampling)[0]
-    found = record(made, request, sampling, pipe)
+    image = sample(pipe, [request], sampling)[0]
+    return image, record(made, request, sampling, pipe), pipe
+
+
+@pytest.mark.parametrize("family", MAKERS)
+def test_looking_on_changes_nothing_and_weights_are_convex(family):
+    made, (request, sampling) = ensemble(family), asked(family)
+    expected, found, pipe = looked_on(family)
     assert np.array_equal(found.image, expected)
     assert len(found.timesteps) == len(found.calls) == 3 and found.stages == tuple(made.denoiser.fused)
     for maps in found.maps.values():
@@ -36,9 +45,8 @@ def test_looking_on_changes_nothing_and_weights_are_convex(family):
 
 
 def test_the_half_with_the_prompt_is_recorded():
-    made = ensemble()
-    pipe, (request, sampling) = pipeline(made), asked()
-    found = record(made, request, sampling, pipe)
+    made, (request, sampling) = ensemble("sd"), asked()
+    _, found, pipe = looked_on()
     with record_weights(made.denoiser) as maps:
         sample(pipe, [request], sampling)
     for stage in found.stages:
@@ -48,10 +56,10 @@ def test_the_half_with_the_prompt_is_recorded():
 @pytest.mark.parametrize("family", MAKERS)
 def test_the_image_believed_in_at_the_last_step_is_nearly_the_image(family):
     made = ensemble(family)
-    request, sampling = asked(family, steps=8)
+    request, sampling = asked(family, steps=4)
     found = record(made, request, sampling)
-    assert sorted(found.drawn) == list(range(8)) and found.drawn[7].shape == found.image.shape
-    apart = [float(np.abs(found.drawn[index].astype(int) - found.image).mean()) for index in (0, 7)]
+    assert sorted(found.drawn) == list(range(4)) and found.drawn[3].shape == found.image.shape
+    apart = [float(np.abs(found.drawn[index].astype(int) - found.image).mean()) for index in (0, 3)]
     assert apart[1] < apart[0] or apart[1] < 2
 
 
@@ -80,9 +88,8 @@ def test_a_word_past_the_end_has_no_tokens_and_is_named():
 
 
 def test_attention_is_a_share_of_looking_and_leans_cancel():
-    made = ensemble()
-    found = record(made, *asked()).attention
-    assert set(found.maps) == set(made.denoiser.fused)
+    found = looked_on()[1].attention
+    assert set(found.maps) == set(ensemble("sd").denoiser.fused)
     assert all((maps >= 0).all() and (maps.sum(0) <= 1 + 1e-5).all() for maps in found.maps.values())
     assert 0 < found.looked.sum() < 1
     assert np.allclose(found.leans.sum(1), 0, atol=1e-5)
@@ -108,7 +115,7 @@ def test_an_expert_leans_to_the_word_whose_area_it_has():
 
 
 def test_hiding_no_token_changes_nothing_and_hiding_all_is_refused():
-    denoiser = UNetEnsemble([sd_unet(seed) for seed in range(2)])
+    denoiser = UNetEnsemble([sd_unet(seed, **SMALL) for seed in range(2)])
     for part in denoiser.aggregators.values():
         torch.nn.init.normal_(part.conv_out.weight)
 
@@ -130,10 +137,8 @@ def test_hiding_no_token_changes_nothing_and_hiding_all_is_refused():
 
 @pytest.mark.parametrize("family", MAKERS)
 def test_what_words_pull_cancels_over_experts(family):
-    made = ensemble(family)
-    pipe = pipeline(made)
-    found = record(made, *asked(family), pipe)
-    causes = find_causes(pipe, made.denoiser, found, 2)
+    _, found, pipe = looked_on(family)
+    causes = find_causes(pipe, ensemble(family).denoiser, found, 2)
     for effects in (causes.hidden, causes.omitted):
         assert effects.moved.shape == (6,) and ((effects.moved > 0) & (effects.moved < 1)).all()
         assert np.allclose(effects.pull.sum(1), 0, atol=1e-5)
@@ -166,7 +171,7 @@ def test_shares_sum_to_one_and_stages_are_grouped():
 
 
 def test_maps_are_convex_at_any_step_and_stage():
-    found = record(ensemble(), *asked())
+    _, found, _ = looked_on()
     for passes, stages in ((None, None), (1, "M00"), ([0, 2], ["IN00", "OUT03"])):
         weights = weights_at(found, passes, stages)
         assert weights.shape == (2, 32, 32) and np.allclose(weights.sum(0), 1, atol=2e-3)

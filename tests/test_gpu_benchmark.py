@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import SMALL, sd_pipeline
+from tiny import ONE_LEVEL, sd_pipeline
 from tiny_transformers import flux_pipeline
 
 import afa
@@ -34,7 +34,7 @@ def measure(gpu, folder: Path, output: Path, patch) -> list[dict]:
     return [json.loads(line) for line in (output / "rows.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("make", "maps"), [(lambda: sd_pipeline(**SMALL), True), (flux_pipeline, False)], ids=["SD", "FLUX"])
+@pytest.mark.parametrize(("make", "maps"), [(lambda: sd_pipeline(**ONE_LEVEL), True), (flux_pipeline, False)], ids=["SD", "FLUX"])
 def test_every_row_is_measured_but_graphs_and_a_model_that_is_not_there(gpu, make, maps, tmp_path, monkeypatch):
     make().save_pretrained(tmp_path / "model")
     rows = measure(gpu, tmp_path / "model", tmp_path / "out", monkeypatch)

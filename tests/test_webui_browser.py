@@ -66,9 +66,15 @@ def window():
 @pytest.fixture
 def page(window, url):
     """Loaded anew, with few steps."""
-    window.resize(WIDE)
-    window.open(url)
+    loaded(window, url, WIDE)
     steps(window, 3)
+    return window
+
+
+def loaded(window, url, size, theme="light"):
+    """The page, loaded anew."""
+    window.resize(size)
+    window.open(url, theme)
     return window
 
 
@@ -182,9 +188,8 @@ def swipe(page, selector):
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_on_a_phone_pictures_are_swiped_one_by_one_and_stay_in_place_while_others_are_drawn(page, url, theme):
-    page.resize(PHONE)
-    page.open(url, theme)
+def test_on_a_phone_pictures_are_swiped_one_by_one_and_stay_in_place_while_others_are_drawn(window, url, theme):
+    page = loaded(window, url, PHONE, theme)
     page.write("#afa-prompt textarea", PROMPT)
     page.choose("curves alone", "MagicFusion", "patterns alone")
     steps(page, 2)
@@ -222,9 +227,8 @@ def test_on_a_wide_window_nothing_is_swiped(page):
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_nothing_is_wider_than_a_phone(page, url, theme):
-    page.resize(PHONE)
-    page.open(url, theme)
+def test_nothing_is_wider_than_a_phone(window, url, theme):
+    page = loaded(window, url, PHONE, theme)
     steps(page, 2)
     page.write("#afa-prompt textarea", PROMPT)
     page.choose("AFA", "curves alone", "MagicFusion")
@@ -260,21 +264,24 @@ def test_regions_seeds_and_options_work_by_hand(page):
     assert f"seed {drawn}" in page.find("#afa-results a").get_attribute("title")
 
 
-@pytest.mark.parametrize("size", [PHONE, WIDE], ids=["phone", "wide"])
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_new_controls_fit_and_can_be_read(page, url, size, theme):
-    page.resize(size)
-    page.open(url, theme)
+def test_new_controls_fit_and_can_be_read_on_a_phone_and_in_a_wide_window(window, url, theme):
+    page = loaded(window, url, PHONE, theme)
     page.press("#afa-regions > button")
     page.wait(lambda: page.find(".afa-canvas canvas").is_displayed())
     page.press(".afa-brushes button[data-paint=top]")
     page.press("#afa-add-region")
     page.wait(lambda: page.all("#afa-region-list li"))
-    assert page.overflow() <= 0
-    unreadable = page.driver.execute_script(CONTRAST, "#afa-regions, #afa-seed-row")
-    assert unreadable == []
+    for size in (PHONE, WIDE):
+        page.resize(size)
+        assert page.overflow() <= 0
+        assert page.find(".afa-canvas canvas").is_displayed() and page.all("#afa-region-list li")
+        unreadable = page.driver.execute_script(CONTRAST, "#afa-regions, #afa-seed-row")
+        assert unreadable == []
     page.tab("Gallery")
-    page.wait(lambda: page.overflow() <= 0, seconds=3)
+    for size in (WIDE, PHONE):
+        page.resize(size)
+        page.wait(lambda: page.overflow() <= 0, seconds=3)
 
 
 def test_the_page_asks_nobody_else_and_is_given_all_it_asks_for(page, url):
