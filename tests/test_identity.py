@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from family_models import SMALL_SABW
+from family_models import SMALL_SABW, in_turns
 from tiny import inputs, sd_unet, sdxl_inputs, sdxl_unet
 
 from afa.models.unet import UNetEnsemble
@@ -84,8 +84,7 @@ def stock(name):
         return unet, call, unet(**copy.deepcopy(call)).sample
 
 
-@pytest.mark.parametrize("placement", ["layers", "blocks", "out"])
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(("name", "placement"), in_turns(CALLS, ["layers", "blocks", "out"]))
 def test_one_expert_is_itself(name, placement):
     unet, call, expected = stock(name)
     with torch.no_grad():
