@@ -173,7 +173,7 @@ def test_flags_that_do_not_go_with_it_are_refused(changes, sentence):
 
 
 def test_its_row_trains_nothing_and_is_the_ensemble_with_shared_weights(world, settings):  # noqa: F811
-    asked = replace(settings, methods=["afa_shared"], tuning=0)
+    asked = replace(settings, methods=["afa_shared"], tuning=0, images_per_prompt=1)
     assert plan(asked)["training_runs"] == 0
     results = evaluate(asked)
     assert [method.name for method in results.methods] == ["single:photo", "single:paint", "afa", "afa_shared"] and not results.errors
