@@ -48,7 +48,7 @@ def write(folder, shapes=SHAPES):
 
 @pytest.fixture
 def bucketed(settings, tmp_path):  # noqa: F811
-    return replace(settings, data=str(write(tmp_path / "shapes")), buckets=True, evaluate_every=3)
+    return replace(settings, data=str(write(tmp_path / "shapes")), buckets=True, evaluate_every=6)
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------------
@@ -250,7 +250,7 @@ def test_a_run_with_buckets_is_not_gone_on_with_without_them(bucketed, monkeypat
 
 def test_a_step_of_buckets_is_the_same_however_it_is_divided(bucketed, tmp_path):
     one, other = (
-        replace(bucketed, output=str(tmp_path / name), batch_size=size, accumulate=parts, steps=2)
+        replace(bucketed, output=str(tmp_path / name), batch_size=size, accumulate=parts, steps=1)
         for name, size, parts in (("one", 4, 1), ("other", 2, 2))
     )
     assert train(one)["history"][-1]["training_loss"] == pytest.approx(train(other)["history"][-1]["training_loss"], rel=1e-4)
@@ -315,7 +315,7 @@ def test_a_student_takes_samplings_that_are_squares_and_images_of_all_sizes(buck
     Ensemble.from_experts(bucketed.experts, aggregator="mean").save(tmp_path / "ensemble")
     run = DistillSettings(
         ensemble=str(tmp_path / "ensemble"), data=bucketed.data, output=str(tmp_path / "student"), steps=5, batch_size=4, image_share=0.5, buckets=True,
-        recombine=0, trajectory_steps=3, resolution=32, held_out=2, evaluate_every=5, lora=2, lr=1e-3, guidance=2.0, device="cpu",
+        recombine=0, trajectory_steps=2, resolution=32, held_out=2, evaluate_every=5, lora=2, lr=1e-3, guidance=2.0, device="cpu",
     )  # fmt: skip
     sizes = seen_in(monkeypatch)
     whole = distill(replace(run, output=str(tmp_path / "whole")))
@@ -337,7 +337,7 @@ def test_a_loss_in_two_parts_is_the_loss_of_the_whole(bucketed, tmp_path, monkey
     Ensemble.from_experts(bucketed.experts, aggregator="mean").save(tmp_path / "ensemble")
     run = DistillSettings(
         ensemble=str(tmp_path / "ensemble"), data=str(squares), output=str(tmp_path / "one"), steps=2, batch_size=6, image_share=0.33,
-        recombine=0, trajectory_steps=3, resolution=32, held_out=2, evaluate_every=1, lora=2, lr=1e-3, guidance=2.0, device="cpu", caption_dropout=0.0,
+        recombine=0, trajectory_steps=2, resolution=32, held_out=2, evaluate_every=1, lora=2, lr=1e-3, guidance=2.0, device="cpu", caption_dropout=0.0,
     )  # fmt: skip
     together, before = distill(run), Trainer._parts
 

@@ -41,13 +41,13 @@ def as_aggregators(settings, experts, output):  # noqa: F811
 
 def meta_unet():
     with torch.device("meta"):
-        return sd_unet(**ONE_LEVEL).requires_grad_(False)
+        return sd_unet(**ONE_LEVEL | {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}).requires_grad_(False)
 
 
 def meta_router(count):
     """Experts whose predictions alone are fused."""
     with torch.device("meta"):
-        return UNetEnsemble([meta_unet() for _ in range(count)], recipe=Recipe("sabw", {"hidden": 8, "heads": 2}), placement="out")
+        return UNetEnsemble([meta_unet() for _ in range(count)], recipe=Recipe("sabw", {"hidden": 8, "heads": 2, "depth": 1}), placement="out")
 
 
 def lora_flops(rank, batch=1):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from test_training import aggregators, experts, images, settings  # noqa: F401 (fixtures)
-from tiny import SMALL, sd_unet
+from tiny import ONE_LEVEL, SMALL, sd_unet
 from torch import nn
 
 from afa import UserError
@@ -171,13 +171,16 @@ def test_experts_in_the_memory_of_the_cpu_need_another_device(settings):  # noqa
 
 
 def test_the_memory_of_a_step_is_what_a_real_step_needs():
-    denoiser = UNetEnsemble(list(near(2)), recipe=Recipe("sabw", {"hidden": 8, "heads": 1, "depth": 1}), placement="out")
+    def unets():
+        return list(near(2, **ONE_LEVEL | {"block_out_channels": (64,)}))
+
+    denoiser = UNetEnsemble(unets(), recipe=Recipe("sabw", {"hidden": 8, "heads": 1, "depth": 1}), placement="out")
     size = {"latent": (32, 32), "tokens": 5}
     counted = sampling_memory(denoiser, size, 2, torch.float32, [RESIDENT, "int8", "delta1"])
     peaks = [row["step"] for row in counted]
     assert peaks == sorted(peaks, reverse=True) and all(row["step"] > row["experts"] for row in counted)
     for row in counted:
-        real = UNetEnsemble(list(near(2)), recipe=denoiser.recipe, placement="out").requires_grad_(False)
+        real = UNetEnsemble(unets(), recipe=denoiser.recipe, placement="out").requires_grad_(False)
         if row["store"] != RESIDENT:
             store_weights(real.experts, row["store"])
         assert stored_bytes(real.experts) == row["experts"], row["store"]
