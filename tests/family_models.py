@@ -4,7 +4,7 @@ The U-Nets have nine stages: laws take as long as there are stages. Whole ones a
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,6 +105,12 @@ MODELS: dict[str, Model] = {
     ),
 }
 FUSED = [(name, placement) for name, model in MODELS.items() for placement in (*model.placements, model.chosen)]
+
+
+def in_turns(names: Iterable[str], placements: Sequence[str]) -> list[tuple[str, str]]:
+    """Every name at the first placement, and at one of the others in turns."""
+    first, *others = placements
+    return [(name, placement) for turn, name in enumerate(names) for placement in (first, others[turn % len(others)])]
 
 
 def sample_of(output: Any) -> torch.Tensor:

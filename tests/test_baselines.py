@@ -1,5 +1,8 @@
 """The laws of the sampling-time methods, for every one of them, on tiny real experts."""
 
+import functools
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -32,24 +35,44 @@ def ensemble(experts):
     return together(experts)
 
 
+@functools.cache
+def stock(kind):
+    return quiet(sdxl_pipeline() if kind == "sdxl" else sd_pipeline(prediction_type=kind, **UNET))
+
+
+@functools.cache
+def alike(kind, count=3):
+    """That many times one expert."""
+    return together([stock(kind)] * count)
+
+
+@functools.cache
+def alone(kind, method):
+    """What that expert draws; SuperDiff's single expert is its own SDE on that expert."""
+    draw = make_sampler(method, alike(kind, 1)) if method else functools.partial(sample, stock(kind))
+    return draw([CAT], Sampling(2, 3.0, height=32, width=32))
+
+
+@functools.cache
+def half():
+    """Two experts in half precision, and a base for them."""
+    return together([pipe.to(torch.bfloat16) for pipe in pipelines(2)]), pipelines(4)[3].to(torch.bfloat16)
+
+
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sdxl"])
 @pytest.mark.parametrize("method", SAMPLING_METHODS)
 def test_identical_experts_are_the_single_expert(method, kind):
-    """To the bit; the mean of three features rounds. SuperDiff's single expert is its own SDE on that expert."""
-    pipe = sdxl_pipeline() if kind == "sdxl" else sd_pipeline(prediction_type=kind, **UNET)
-    sampling = Sampling(2, 3.0, height=32, width=32)
-    images = made(method, together([pipe] * 3), base=pipe)([CAT], sampling)
-    alone = make_sampler(method, together([pipe])) if method.startswith("superdiff") else lambda *call: sample(quiet(pipe), *call)
-    assert differ(images, alone([CAT], sampling)) <= (1 if method == "feature_mean" else 0)
+    """To the bit; the mean of three features rounds."""
+    images = made(method, alike(kind), base=stock(kind))([CAT], Sampling(2, 3.0, height=32, width=32))
+    assert differ(images, alone(kind, method if method.startswith("superdiff") else "")) <= (1 if method == "feature_mean" else 0)
 
 
 @pytest.mark.parametrize("method", ["noise_average", "timestep_experts", "single_in_ensemble", "magicfusion", "loratorio", "feature_mean"])
 def test_predictions_of_identical_experts_are_that_experts_bit_for_bit(method):
-    pipe = sd_pipeline(**UNET)
-    sampler = made(method, together([pipe] * 3), base=pipe)
+    sampler = made(method, alike("epsilon"), base=stock("epsilon"))
     sampler.denoiser.guidance = 3.0
     with torch.no_grad():
-        got, expected = (model(**inputs(batch=4)).sample for model in (sampler.denoiser, pipe.unet))
+        got, expected = (model(**inputs(batch=4, height=8, width=8)).sample for model in (sampler.denoiser, stock("epsilon").unet))
     assert torch.equal(got, expected) if method != "feature_mean" else torch.allclose(got, expected, atol=2e-5)
 
 
@@ -63,11 +86,16 @@ MADE_ONE = {  # options that leave only expert_1
 }
 
 
-@pytest.mark.parametrize("method", MADE_ONE)
-def test_a_weight_of_one_is_that_expert_in_the_ensembles_frame(method, ensemble):
-    images = make_sampler(method, ensemble, **MADE_ONE[method])([CAT, DOG], SAMPLING)
+@pytest.fixture(scope="module")
+def of_one(ensemble):
+    """What an expert draws in the ensemble's frame."""
     with only_expert(ensemble.denoiser, "expert_1"):
-        assert np.array_equal(images, sample(quiet(ensemble.pipeline()), [CAT, DOG], SAMPLING))
+        return sample(quiet(ensemble.pipeline()), [CAT, DOG], SAMPLING)
+
+
+@pytest.mark.parametrize("method", MADE_ONE)
+def test_a_weight_of_one_is_that_expert_in_the_ensembles_frame(method, ensemble, of_one):
+    assert np.array_equal(make_sampler(method, ensemble, **MADE_ONE[method])([CAT, DOG], SAMPLING), of_one)
 
 
 def test_a_prior_of_one_is_that_experts_own_sde(ensemble, experts):
@@ -93,17 +121,23 @@ def test_the_order_of_experts_changes_nothing_where_the_rule_is_symmetric(method
 
 
 @pytest.mark.parametrize("method", SAMPLING_METHODS)
-def test_an_image_depends_on_its_seed_and_not_on_its_batch(method, ensemble):
-    sampler = made(method, ensemble)
-    batch, alone = sampler([CAT, DOG, FOX], SAMPLING), sampler([DOG], SAMPLING)
+def test_an_image_depends_on_its_seed_and_not_on_its_batch_and_recorded_weights_are_convex(method, ensemble):
+    sampler, has_maps = made(method, ensemble), SAMPLING_METHODS[method].has_maps
+    batch = sampler([CAT, DOG, Request("a dog", 8)], SAMPLING)
+    with record_weights(sampler.denoiser) if has_maps else nullcontext() as maps:
+        alone = sampler([DOG], SAMPLING)
     assert differ(batch[1:2], alone) <= 1  # batched float32 sums may round differently
-    assert differ(batch[1:2], sampler([Request("a dog", 8)], SAMPLING)) > 1
+    assert differ(batch[1:2], batch[2:]) > 1
+    if has_maps:
+        weights = maps.stage(sampler.pipeline.unet.fused[-1] if method == "feature_mean" else ensemble.denoiser.stages[-1].name)
+        assert weights.shape == (3, 2, 3, 4, 4) and maps.experts == ensemble.names
+        assert weights.min() >= 0 and torch.allclose(weights.sum(2), torch.ones(()))
 
 
 @pytest.mark.parametrize("method", SAMPLING_METHODS)
 def test_dtype_and_shape_are_kept(method):
-    half = together([pipe.to(torch.bfloat16) for pipe in pipelines(2)])
-    sampler = made(method, half, base=pipelines(4)[3].to(torch.bfloat16))
+    experts, base = half()
+    sampler = made(method, experts, base=base)
     images = sampler([CAT, DOG], Sampling(2, 3.0, height=32, width=48))
     assert images.shape == (2, 32, 48, 3) and images.dtype == np.uint8 and images.std() > 0
     if method.startswith(("single", "random", "superdiff")):
@@ -112,16 +146,6 @@ def test_dtype_and_shape_are_kept(method):
         call = {name: value.bfloat16() if value.is_floating_point() else value for name, value in joined_inputs(2 + SAMPLING_METHODS[method].based).items()}
         predicted = sampler.denoiser(**call).sample
     assert (predicted.dtype, predicted.shape) == (torch.bfloat16, call["sample"].shape)
-
-
-@pytest.mark.parametrize("method", [name for name, method in SAMPLING_METHODS.items() if method.has_maps])
-def test_recorded_weights_are_convex(method, ensemble):
-    sampler = made(method, ensemble)
-    with record_weights(sampler.denoiser) as maps:
-        sampler([CAT], SAMPLING)
-    weights = maps.stage(sampler.pipeline.unet.fused[-1] if method == "feature_mean" else ensemble.denoiser.stages[-1].name)
-    assert weights.shape == (3, 2, 3, 4, 4) and maps.experts == ensemble.names
-    assert weights.min() >= 0 and torch.allclose(weights.sum(2), torch.ones(()))
 
 
 class Runs:

@@ -13,7 +13,7 @@ from PIL import Image
 from processes import in_processes
 from test_training import aggregators, experts, images, interrupt_after, settings  # noqa: F401 (fixtures)
 from tiny import sd_pipeline, sdxl_pipeline
-from tiny_transformers import flux_pipeline
+from tiny_transformers import FLUX_SMALL, flux_pipeline
 
 from afa.cli.main import main
 from afa.cli.train import _plan
@@ -48,7 +48,7 @@ def write(folder, shapes=SHAPES):
 
 @pytest.fixture
 def bucketed(settings, tmp_path):  # noqa: F811
-    return replace(settings, data=str(write(tmp_path / "shapes")), buckets=True)
+    return replace(settings, data=str(write(tmp_path / "shapes")), buckets=True, evaluate_every=6)
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------------
@@ -121,7 +121,7 @@ def test_the_size_in_a_header_is_that_of_the_opened_picture(kind, turn):
 def test_images_without_a_size_are_left_out_where_they_are_encoded(bucketed, tmp_path):
     folder = Path(bucketed.data)
     (folder / "03.png").write_bytes((folder / "03.png").read_bytes()[:20])
-    Image.new("1", (30_000, 30_000)).save(folder / "05.png")
+    Image.new("1", (20_000, 9_000)).save(folder / "05.png")
     source = find_data(bucketed)
     buckets = find_buckets(source.samples, 32, make_sizes(32, 8))
     assert [index for index, size in enumerate(buckets.originals) if size is None] == [3, 5]
@@ -241,7 +241,7 @@ def test_training_takes_all_sizes_a_step_one_and_resumes_to_the_same_bits(bucket
 
 def test_a_run_with_buckets_is_not_gone_on_with_without_them(bucketed, monkeypatch):
     with monkeypatch.context() as patch:
-        interrupt_after(patch, 3)
+        interrupt_after(patch, 1)
         with pytest.raises(KeyboardInterrupt):
             train(bucketed)
     with pytest.raises(UserError, match="--buckets"):
@@ -250,7 +250,7 @@ def test_a_run_with_buckets_is_not_gone_on_with_without_them(bucketed, monkeypat
 
 def test_a_step_of_buckets_is_the_same_however_it_is_divided(bucketed, tmp_path):
     one, other = (
-        replace(bucketed, output=str(tmp_path / name), batch_size=size, accumulate=parts, steps=2)
+        replace(bucketed, output=str(tmp_path / name), batch_size=size, accumulate=parts, steps=1)
         for name, size, parts in (("one", 4, 1), ("other", 2, 2))
     )
     assert train(one)["history"][-1]["training_loss"] == pytest.approx(train(other)["history"][-1]["training_loss"], rel=1e-4)
@@ -259,9 +259,9 @@ def test_a_step_of_buckets_is_the_same_however_it_is_divided(bucketed, tmp_path)
 
 
 def test_two_processes_make_the_steps_of_one(bucketed, tmp_path):
-    cache = str(tmp_path / "cache")
-    alone = train(replace(bucketed, batch_size=4, output=str(tmp_path / "alone")))
-    one, other = in_processes(lambda: train(replace(bucketed, cache=cache))["history"])
+    run = replace(bucketed, steps=2, evaluate_every=2)
+    alone = train(replace(run, batch_size=4, output=str(tmp_path / "alone")))
+    one, other = in_processes(lambda: train(replace(run, cache=str(tmp_path / "cache")))["history"])
     assert [entry["held_out_loss"] for entry in one] == [entry["held_out_loss"] for entry in other]
     assert [entry["held_out_loss"] for entry in one] == pytest.approx([entry["held_out_loss"] for entry in alone["history"]], rel=1e-4)
 
@@ -291,7 +291,7 @@ def test_sdxl_is_told_the_size_the_crop_and_the_bucket_of_each_image(tmp_path, b
 
 def test_transformers_train_on_buckets_of_whole_patches(tmp_path, bucketed, monkeypatch):
     for seed, name in enumerate(("one", "two")):
-        flux_pipeline(seed).save_pretrained(tmp_path / name)
+        flux_pipeline(seed, **FLUX_SMALL).save_pretrained(tmp_path / name)
     run = replace(bucketed, experts=[str(tmp_path / "one"), str(tmp_path / "two")], steps=4, resolution=64)
     planned = plan(run)
     multiple = 8 * planned.ensemble.denoiser.interface.patch
@@ -304,7 +304,7 @@ def test_transformers_train_on_buckets_of_whole_patches(tmp_path, bucketed, monk
 def test_a_lora_is_trained_on_buckets_as_an_ensemble_is(bucketed, monkeypatch):
     sizes = seen_in(monkeypatch)
     shared = {name: getattr(bucketed, name) for name in ("data", "output", "steps", "batch_size", "held_out", "resolution", "buckets", "device")}
-    assert finetune(LoraSettings(expert=bucketed.experts[0], rank=2, evaluate_every=2, lr=1e-3, **shared))["steps"] == 6
+    assert finetune(LoraSettings(expert=bucketed.experts[0], rank=2, evaluate_every=6, lr=1e-3, **shared))["steps"] == 6
     assert len({step[0] for step in sizes}) > 2
 
 
@@ -315,7 +315,7 @@ def test_a_student_takes_samplings_that_are_squares_and_images_of_all_sizes(buck
     Ensemble.from_experts(bucketed.experts, aggregator="mean").save(tmp_path / "ensemble")
     run = DistillSettings(
         ensemble=str(tmp_path / "ensemble"), data=bucketed.data, output=str(tmp_path / "student"), steps=5, batch_size=4, image_share=0.5, buckets=True,
-        recombine=0, trajectory_steps=3, resolution=32, held_out=2, evaluate_every=5, lora=2, lr=1e-3, guidance=2.0, device="cpu",
+        recombine=0, trajectory_steps=2, resolution=32, held_out=2, evaluate_every=5, lora=2, lr=1e-3, guidance=2.0, device="cpu",
     )  # fmt: skip
     sizes = seen_in(monkeypatch)
     whole = distill(replace(run, output=str(tmp_path / "whole")))
@@ -337,7 +337,7 @@ def test_a_loss_in_two_parts_is_the_loss_of_the_whole(bucketed, tmp_path, monkey
     Ensemble.from_experts(bucketed.experts, aggregator="mean").save(tmp_path / "ensemble")
     run = DistillSettings(
         ensemble=str(tmp_path / "ensemble"), data=str(squares), output=str(tmp_path / "one"), steps=2, batch_size=6, image_share=0.33,
-        recombine=0, trajectory_steps=3, resolution=32, held_out=2, evaluate_every=1, lora=2, lr=1e-3, guidance=2.0, device="cpu", caption_dropout=0.0,
+        recombine=0, trajectory_steps=2, resolution=32, held_out=2, evaluate_every=1, lora=2, lr=1e-3, guidance=2.0, device="cpu", caption_dropout=0.0,
     )  # fmt: skip
     together, before = distill(run), Trainer._parts
 

@@ -10,7 +10,7 @@ from diffusers import ChromaImg2ImgPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import quiet
-from tiny_chroma import chroma_pipeline
+from tiny_chroma import CHROMA_SMALL, chroma_pipeline
 from tiny_transformers import t5_encoder
 
 from afa import Ensemble, UserError
@@ -33,12 +33,16 @@ from afa.training.reward_objectives import Decoder, Draft
 
 CPU = torch.device("cpu")
 SMALL = {"hidden": 32, "heads": 2, "depth": 1}
-DRAWN = {"num_inference_steps": 2, "height": 32, "width": 48, "output_type": "pt"}
+DRAWN = {"num_inference_steps": 2, "height": 32, "width": 48, "output_type": "pt", "max_sequence_length": 64}
 CAPTIONS = ["a red bicycle on a lawn", "a cat", "a dark dog on a blurry red lawn"]
 
 
+def pipeline(seed=0, **changes):
+    return chroma_pipeline(seed, **CHROMA_SMALL | changes)
+
+
 def ensemble(count=3, **options):
-    made = Ensemble.from_experts([chroma_pipeline(seed) for seed in range(count)], **SMALL, **options)
+    made = Ensemble.from_experts([pipeline(seed) for seed in range(count)], **SMALL, **options)
     torch.manual_seed(5)
     for aggregator in made.aggregators.values():
         torch.nn.init.normal_(aggregator.conv_out.weight, std=1.0)
@@ -61,13 +65,13 @@ def draw(pipe, prompt, seed=3, **changes):
 
 @pytest.mark.parametrize("guided", [{}, {"guidance_scale": 1.0}, {"negative_prompt": "blurry dark", "guidance_scale": 3.0}])
 def test_one_expert_draws_its_own_image(guided):
-    pipe = chroma_pipeline()
+    pipe = pipeline()
     expected = draw(pipe, "a red bicycle", **guided)
     assert torch.equal(draw(Ensemble.from_experts([pipe], **SMALL).pipeline(), "a red bicycle", **guided), expected)
 
 
 def test_three_experts_draw_an_image_of_their_own(three):
-    images = [draw(pipe, "a cat") for pipe in (three.pipeline(), *(chroma_pipeline(seed) for seed in range(3)))]
+    images = [draw(pipe, "a cat") for pipe in (three.pipeline(), *(pipeline(seed) for seed in range(3)))]
     assert images[0].shape == (1, 3, 32, 48) and torch.isfinite(images[0]).all()
     assert all(not torch.allclose(images[0], other, atol=1e-2) for other in images[1:])
 
@@ -88,14 +92,14 @@ def test_several_images_a_prompt(three):
 def test_img2img_takes_the_ensemble():
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 48, 3), dtype=np.uint8))
     given = {"image": picture, "strength": 0.6, "num_inference_steps": 4, "height": 32, "width": 48}
-    pipe = chroma_pipeline()
+    pipe = pipeline()
     one = Ensemble.from_experts([pipe], **SMALL).pipeline(ChromaImg2ImgPipeline)
     images = [draw(each, "a cat", **given) for each in (ChromaImg2ImgPipeline(**pipe.components), one)]
     assert torch.equal(*images) and images[0].shape == (1, 3, 32, 48)
 
 
 def test_experts_may_have_text_encoders_of_their_own():
-    pipes = [chroma_pipeline(0), chroma_pipeline(1, text_seed=1)]
+    pipes = [pipeline(0), pipeline(1, text_seed=1)]
     made = Ensemble.from_experts(pipes, **SMALL, placement="out", vae="expert_1")
     images = make_sampler("noise_average", made, weights=[0, 1])([Request("a cat", 1)], Sampling(2, height=32, width=48))
     assert np.array_equal(images, sample(quiet(pipes[1]), [Request("a cat", 1)], Sampling(2, height=32, width=48)))
@@ -105,7 +109,7 @@ def test_experts_may_have_text_encoders_of_their_own():
 
 
 def test_generation_guides_as_these_pipelines_do():
-    pipe = quiet(chroma_pipeline())
+    pipe = quiet(pipeline())
     requests, sampling = [Request("a cat", 1), Request("a dog on a lawn", 2)], Sampling(2, None, "blurry", 32, 32)
     expected = pipe(
         [request.prompt for request in requests],
@@ -125,7 +129,7 @@ def test_generation_guides_as_these_pipelines_do():
 def test_prompts_that_are_encoded_already_draw_the_same(three):
     """As sheets are drawn: the caption and the empty prompt beside it, encoded once."""
     pipe, interface = quiet(three.pipeline()), interface_of(three.pipeline())[0]
-    prompts = interface.encode_prompts(functools.partial(pipe.encode_prompt, device=CPU), CAPTIONS[:2])
+    prompts = interface.encode_prompts(functools.partial(pipe.encode_prompt, device=CPU, max_sequence_length=64), CAPTIONS[:2])
     generator = [torch.Generator().manual_seed(3 + index) for index in range(2)]
     images = pipe(**prompts, **interface.guidance_kwargs(4.0), generator=generator, **DRAWN).images
     assert torch.equal(images, draw(pipe, CAPTIONS[:2], guidance_scale=4.0))
@@ -165,7 +169,7 @@ def test_both_passes_are_reused_apart(three):
 
 
 def test_the_base_is_mixed_into_the_pass_without_the_prompt(three):
-    found, sampler = [], make_sampler("loratorio", ensemble(2), base=chroma_pipeline(2))
+    found, sampler = [], make_sampler("loratorio", ensemble(2), base=pipeline(2))
     original = sampler.denoiser.combine
     sampler.denoiser.combine = lambda *given: found.append((sampler.denoiser.ensemble.in_uncond_pass, *original(*given))) or found[-1][1:]
     with record_weights(sampler.denoiser) as maps:
@@ -202,7 +206,7 @@ def folders(tmp_path_factory):
     """Two experts, as folders."""
     place = tmp_path_factory.mktemp("experts")
     for seed in range(2):
-        chroma_pipeline(seed).save_pretrained(place / f"expert_{seed}")
+        pipeline(seed).save_pretrained(place / f"expert_{seed}")
     return [str(place / f"expert_{seed}") for seed in range(2)]
 
 
@@ -222,7 +226,8 @@ def test_draft_judges_what_the_pipeline_draws(three, guidance):
     work = Pass(three.denoiser, three.denoiser, process, Batch(latents, noise, torch.tensor([300, 800])), captions, torch.tensor([False] * 2), encode)
     judge = Draft(process, Decoder(three.frame.vae), lambda shown, captions: seen.append(shown) or shown.sum((1, 2, 3)), steps=3, last=1, guidance=guidance)
     judge.loss(work).sum().backward()
-    drawn = quiet(three.pipeline())(list(captions), guidance_scale=guidance, latents=pack(noise), **DRAWN | {"num_inference_steps": 3}).images
+    given = DRAWN | {"num_inference_steps": 3, "max_sequence_length": 512}  # as in training
+    drawn = quiet(three.pipeline())(list(captions), guidance_scale=guidance, latents=pack(noise), **given).images
     assert torch.allclose((seen[0] / 2 + 0.5).clamp(0, 1), drawn, atol=1e-4)
     assert max(float(aggregator.conv_out.weight.grad.abs().max()) for aggregator in three.aggregators.values()) > 0
     three.denoiser.zero_grad()
@@ -248,7 +253,7 @@ def test_a_lora_in_the_publishers_names_is_that_in_diffusers_names(tmp_path, fol
 
 def test_a_lora_that_is_loaded_into_the_pipeline_reaches_the_expert(tmp_path, folders):
     assert main(["extract", folders[1], "--base", folders[0], "--rank", "2", "--output", str(tmp_path / "lora"), "--device", "cpu"]) == 0
-    stock, made = chroma_pipeline(0), Ensemble.from_experts([chroma_pipeline(0)], **SMALL).pipeline()
+    stock, made = pipeline(0), Ensemble.from_experts([pipeline(0)], **SMALL).pipeline()
     before = draw(made, "a cat")
     for pipe in (stock, made):
         pipe.load_lora_weights(str(tmp_path / "lora"))

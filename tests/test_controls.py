@@ -10,7 +10,8 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from family_models import MODELS, sample_of
 from safetensors.torch import load_file
 from test_training import experts, images  # noqa: F401 (fixtures)
-from tiny import ONE_LEVEL, SMALL, inputs, sd_unet
+from tiny import ONE_LEVEL, inputs, sd_unet
+from tiny_transformers import FLUX_SMALL, SD3_SMALL
 
 from afa import Ensemble, UserError
 from afa.aggregators.registry import Recipe
@@ -150,10 +151,9 @@ def test_the_matching_rank_is_the_smallest_with_enough_parameters(family):
         assert rank == 1 or parameters_at_rank(model, rank - 1) < wanted
 
 
-@pytest.mark.parametrize("family", ["sd", "sd3", "flux"])
-def test_equal_compute_gives_a_single_model_more_steps_the_more_experts_there_are(family):
-    kind, make, recipe = MODELS[family].ensemble, MODELS[family].make, Recipe("sabw", {"hidden": 8, "heads": 2})
-    less = SMALL if family == "sd" else {}
+@pytest.mark.parametrize(("family", "less"), [("sd", ONE_LEVEL), ("sd3", SD3_SMALL), ("flux", FLUX_SMALL)])
+def test_equal_compute_gives_a_single_model_more_steps_the_more_experts_there_are(family, less):
+    kind, make, recipe = MODELS[family].ensemble, MODELS[family].make, Recipe("sabw", {"hidden": 8, "heads": 2, "depth": 1})
     made = [kind([make(seed, **less) for seed in range(count)], recipe=recipe, placement="layers") for count in (2, 3)]
     steps = [equal_compute_steps(100, denoiser, 2, 2) for denoiser in made]
     assert 100 < steps[0] < steps[1]
@@ -161,7 +161,7 @@ def test_equal_compute_gives_a_single_model_more_steps_the_more_experts_there_ar
 
 def test_equal_compute_ignores_where_the_experts_lie():
     """Counting touches no weights: not even those of experts that are too large to copy."""
-    denoiser = UNetEnsemble([sd_unet(0, **SMALL), sd_unet(1, **SMALL)], recipe=Recipe("sabw", {"hidden": 8, "heads": 2}))
+    denoiser = UNetEnsemble([sd_unet(0, **ONE_LEVEL), sd_unet(1, **ONE_LEVEL)], recipe=Recipe("sabw", {"hidden": 8, "heads": 2, "depth": 1}))
     before = {name: tensor.clone() for name, tensor in denoiser.state_dict().items()}
     equal_compute_steps(10, denoiser, 2, 2)
     assert all(torch.equal(tensor, before[name]) for name, tensor in denoiser.state_dict().items())

@@ -31,7 +31,7 @@ def tuned(request, images, tmp_path_factory):  # noqa: F811
     """family, settings, record, and the model as it was trained in memory."""
     family, folder = request.param, tmp_path_factory.mktemp(request.param)
     expert = saved(PIPELINES[family](0), folder / "expert")
-    small = {"resolution": 32, "batch_size": 2, "held_out": 2, "steps": 3, "evaluate_every": 1, "lr": 3e-2, "device": "cpu"}
+    small = {"resolution": 32, "batch_size": 2, "held_out": 2, "steps": 3, "evaluate_every": 3, "lr": 3e-2, "device": "cpu"}
     settings = LoraSettings(expert=str(expert), data=str(images), output=str(folder / "lora"), rank=2, **small)
     planned = plan_finetune(settings)
     record = finetune(settings, planned)
@@ -95,7 +95,7 @@ PUBLISHED = {
 def test_the_rank_that_matches_three_experts_of_published_sizes(family, aggregators, rank, parameters):
     kind = {"sd3": SD3Transformer2DModel, "flux": FluxTransformer2DModel}[family]
     with torch.device("meta"):
-        ensemble = MODELS[family].ensemble([kind(**PUBLISHED[family]) for _ in range(3)])
+        ensemble = MODELS[family].ensemble([kind(**PUBLISHED[family])] * 3)
     assert sum(parameter.numel() for parameter in ensemble.aggregators.parameters()) == aggregators
     assert matching_rank(ensemble.experts[0], aggregators) == rank
     assert parameters_at_rank(ensemble.experts[0], rank) == parameters

@@ -8,7 +8,7 @@ import torch
 from processes import in_processes
 from test_controls import settings, tensors, tuned  # noqa: F401 (fixtures)
 from test_training import experts, images  # noqa: F401 (fixtures)
-from tiny import inputs, sd_unet, sdxl_inputs, sdxl_pipeline
+from tiny import ONE_LEVEL, inputs, sd_unet, sdxl_inputs, sdxl_pipeline
 
 from afa import UserError
 from afa.aggregators.registry import Recipe
@@ -32,13 +32,6 @@ from afa.training.objectives import Mse
 from afa.training.run import train
 from afa.training.settings import LoopSettings, TrainSettings
 
-TWO_LEVELS = {
-    "block_out_channels": (8, 16),
-    "layers_per_block": 1,
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-}
-
 
 def as_aggregators(settings, experts, output):  # noqa: F811
     """The same run, training an ensemble's aggregators instead."""
@@ -48,13 +41,13 @@ def as_aggregators(settings, experts, output):  # noqa: F811
 
 def meta_unet():
     with torch.device("meta"):
-        return sd_unet(**TWO_LEVELS).requires_grad_(False)
+        return sd_unet(**ONE_LEVEL | {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}).requires_grad_(False)
 
 
 def meta_router(count):
     """Experts whose predictions alone are fused."""
     with torch.device("meta"):
-        return UNetEnsemble([meta_unet() for _ in range(count)], recipe=Recipe("sabw", {"hidden": 8, "heads": 2}), placement="out")
+        return UNetEnsemble([meta_unet() for _ in range(count)], recipe=Recipe("sabw", {"hidden": 8, "heads": 2, "depth": 1}), placement="out")
 
 
 def lora_flops(rank, batch=1):

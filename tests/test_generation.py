@@ -258,23 +258,35 @@ def compile_by(monkeypatch, backend):
     return graphs
 
 
-def test_a_compiled_ensemble_draws_the_same_pictures_from_one_graph(four, tmp_path, monkeypatch):
-    settings, eager = four
+@pytest.fixture
+def quick(tmp_path):
+    """An ensemble that is soon compiled, which takes as long as there are layers: two resnets an expert, and one aggregator."""
+    layers = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "mid_block_type": None}
+    for seed in range(2):
+        sd_pipeline(seed, text_seed=0, **ONE_LEVEL | layers).save_pretrained(tmp_path / f"expert{seed}")
+    ensemble = Ensemble.from_experts([str(tmp_path / f"expert{seed}") for seed in range(2)], placement="out", hidden=8, heads=2, depth=1)
+    torch.nn.init.normal_(ensemble.aggregators["OUT01"].conv_out.weight)
+    ensemble.save(tmp_path / "ensemble")
+    return asking(tmp_path, tmp_path / "out")
+
+
+def test_a_compiled_ensemble_draws_the_same_pictures_from_one_graph(quick, tmp_path, monkeypatch):
+    eager = generate(quick)
     graphs = compile_by(monkeypatch, lambda graph: graph.forward)
-    compiled = generate(replace(settings, output=str(tmp_path / "compiled"), compile=True))
+    compiled = generate(replace(quick, output=str(tmp_path / "compiled"), compile=True))
     assert len(graphs) == 1
     for one, other in zip(eager, compiled, strict=True):
         assert np.array_equal(pixels(one), pixels(other))
 
 
-def test_where_no_compiler_works_one_sentence_says_so_and_no_image_is_left(settings, monkeypatch):
+def test_where_no_compiler_works_one_sentence_says_so_and_no_image_is_left(quick, monkeypatch):
     def broken(graph):
         raise RuntimeError("no working C++ compiler")
 
     compile_by(monkeypatch, broken)
     with pytest.raises(UserError, match="--compile does not work here: .*leave it out"):
-        generate(replace(settings, compile=True, prompt=["a cat"]))
-    assert not list(Path(settings.output).glob("*.png"))
+        generate(replace(quick, compile=True))
+    assert not list(Path(quick.output).glob("*.png"))
 
 
 def test_a_method_is_not_compiled(settings):

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from rival_experts import UNET, differ, together
 from tiny import quiet, sd_pipeline, sdxl_pipeline
-from tiny_transformers import flux_pipeline, sd3_pipeline
+from tiny_transformers import FLUX_SMALL, SD3_SMALL, flux_pipeline, sd3_pipeline
 
 from afa import Ensemble, UserError
 from afa.generation.run import generate
@@ -20,9 +20,9 @@ from afa.sampling.sample import Request, Sampling, sample, strength
 PIPELINES = {
     "sd": functools.partial(sd_pipeline, **UNET),
     "sdxl": sdxl_pipeline,
-    "sd3": sd3_pipeline,
-    "flux": flux_pipeline,
-    "schnell": functools.partial(flux_pipeline, guidance_embeds=False),
+    "sd3": functools.partial(sd3_pipeline, **SD3_SMALL),
+    "flux": functools.partial(flux_pipeline, **FLUX_SMALL),
+    "schnell": functools.partial(flux_pipeline, guidance_embeds=False, **FLUX_SMALL),
 }
 STRENGTHS = {"sd": 7.5, "sdxl": 5.0, "sd3": 7.0, "flux": 3.5, "schnell": None}
 CAT = Request("a red cat", 1)
@@ -141,7 +141,7 @@ class TestGenerate:
 
 
 def test_a_saved_ensemble_of_flux_draws_as_before(tmp_path):
-    flux_pipeline().save_pretrained(tmp_path / "one")
+    PIPELINES["flux"]().save_pretrained(tmp_path / "one")
     made = Ensemble.from_experts([str(tmp_path / "one")], aggregator="mean")
     made.save(tmp_path / "both")
     assert np.array_equal(sample(quiet(Ensemble.load(tmp_path / "both").pipeline()), [CAT], SMALL), stock("flux"))

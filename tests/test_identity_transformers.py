@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from family_models import MODELS, SMALL_SABW
+from family_models import MODELS, SMALL_SABW, in_turns
 from tiny_transformers import flux_inputs, flux_transformer, sd3_inputs, sd3_transformer
 
 from afa.models import flux
@@ -70,8 +70,7 @@ CALLS: dict[str, tuple[Callable, Callable, Callable]] = {
 }
 
 
-@pytest.mark.parametrize("placement", ["layers", "every-2", "out"])
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(("name", "placement"), in_turns(CALLS, ["layers", "every-2", "out"]))
 def test_one_expert_is_itself(name, placement):
     make_model, make_call, extra = CALLS[name]
     model, call = make_model(), make_call()

@@ -31,12 +31,16 @@ from afa.training.reward_objectives import Decoder, Draft
 
 CPU = torch.device("cpu")
 SMALL = {"hidden": 32, "heads": 2, "depth": 1}
-DRAWN = {"num_inference_steps": 2, "height": 32, "width": 48, "output_type": "pt"}
+DRAWN = {"num_inference_steps": 2, "height": 32, "width": 48, "output_type": "pt", "max_sequence_length": 64}
 CAPTIONS = ["a red bicycle on a lawn", "a cat", "a dark dog on a blurry red lawn"]
 
 
+def pipeline(seed=0, **changes):
+    return krea2_pipeline(seed, **KREA2_SMALL | changes)
+
+
 def ensemble(count=3, is_distilled=False, **options):
-    made = Ensemble.from_experts([krea2_pipeline(seed, is_distilled=is_distilled) for seed in range(count)], **SMALL, **options)
+    made = Ensemble.from_experts([pipeline(seed, is_distilled=is_distilled) for seed in range(count)], **SMALL, **options)
     torch.manual_seed(5)
     for aggregator in made.aggregators.values():
         torch.nn.init.normal_(aggregator.conv_out.weight, std=1.0)
@@ -65,18 +69,18 @@ def draw(pipe, prompt, seed=3, **changes):
 @pytest.mark.parametrize("is_distilled", [False, True])
 @pytest.mark.parametrize("guided", [{}, {"guidance_scale": 0.0}, {"negative_prompt": "blurry", "guidance_scale": 2.0}])
 def test_one_expert_draws_its_own_image(guided, is_distilled):
-    pipe = krea2_pipeline(is_distilled=is_distilled)
+    pipe = pipeline(is_distilled=is_distilled)
     pipe.transformer.requires_grad_(False)  # torch may fold a product with trainable weights otherwise
     expected = draw(pipe, "a red bicycle", **guided)
     assert torch.equal(draw(Ensemble.from_experts([pipe], **SMALL).pipeline(), "a red bicycle", **guided), expected)
 
 
 def test_a_distilled_pipeline_has_steps_of_its_own():
-    assert not torch.allclose(draw(krea2_pipeline(), "a cat"), draw(krea2_pipeline(is_distilled=True), "a cat"), atol=1e-3)
+    assert not torch.allclose(draw(pipeline(), "a cat"), draw(pipeline(is_distilled=True), "a cat"), atol=1e-3)
 
 
 def test_three_experts_draw_an_image_of_their_own(three):
-    images = [draw(pipe, "a cat") for pipe in (three.pipeline(), *(krea2_pipeline(seed) for seed in range(3)))]
+    images = [draw(pipe, "a cat") for pipe in (three.pipeline(), *(pipeline(seed) for seed in range(3)))]
     assert images[0].shape == (1, 3, 32, 48) and torch.isfinite(images[0]).all()
     assert all(not torch.allclose(images[0], other, atol=1e-2) for other in images[1:])
 
@@ -135,7 +139,7 @@ def test_without_a_size_the_pipeline_draws_its_own(three, monkeypatch):
 def test_prompts_that_are_encoded_already_draw_the_same(three):
     """As sheets are drawn: the caption and the prompt of nothing beside it, encoded once."""
     pipe, interface = quiet(three.pipeline()), interface_of(three.pipeline())[0]
-    prompts = interface.encode_prompts(functools.partial(pipe.encode_prompt, device=CPU), CAPTIONS[:2])
+    prompts = interface.encode_prompts(functools.partial(pipe.encode_prompt, device=CPU, max_sequence_length=64), CAPTIONS[:2])
     generator = [torch.Generator().manual_seed(3 + index) for index in range(2)]
     images = pipe(**prompts, **interface.guidance_kwargs(5.5), generator=generator, **DRAWN).images
     assert torch.equal(images, draw(pipe, CAPTIONS[:2]))
@@ -149,24 +153,24 @@ def test_the_text_encoder_is_kept_once(three):
 
 
 def test_what_does_not_fit_is_refused_by_name():
-    one = krea2_pipeline(0, **KREA2_SMALL)
+    one = pipeline(0)
     for other, sentence in (
-        (krea2_pipeline(1, is_distilled=True, **KREA2_SMALL), "is_distilled is True, expected False"),
-        (krea2_pipeline(1, text_seed=1, **KREA2_SMALL), r"it has text encoders of its own \(number 1\)"),
-        (krea2_pipeline(1, num_layers=3), "3 stages|stages K02 are not expected"),
+        (pipeline(1, is_distilled=True), "is_distilled is True, expected False"),
+        (pipeline(1, text_seed=1), r"it has text encoders of its own \(number 1\)"),
+        (pipeline(1, num_layers=3), "3 stages|stages K02 are not expected"),
     ):
         with pytest.raises(UserError, match=sentence):
             Ensemble.from_experts([one, other], **SMALL)
-    layers = Krea2Pipeline(**krea2_pipeline(1, **KREA2_SMALL).components, text_encoder_select_layers=(0, 1, 2))
+    layers = Krea2Pipeline(**pipeline(1).components, text_encoder_select_layers=(0, 1, 2))
     with pytest.raises(UserError, match=r"text_encoder_select_layers is \[0, 1, 2\], expected \[1, 2, 4\]"):
         Ensemble.from_experts([one, layers], **SMALL)
     one.text_encoder = qwen3_encoder(0, width=48)
     with pytest.raises(UserError, match="text encoder 1 is 24 wide, expected 48"):
-        Ensemble.from_experts([one, krea2_pipeline(1, **KREA2_SMALL)], **SMALL)
+        Ensemble.from_experts([one, pipeline(1)], **SMALL)
 
 
 def test_another_patch_size_is_refused():
-    made = krea2_pipeline(in_channels=64)
+    made = pipeline(in_channels=64)
     pipe = Krea2Pipeline(**made.components, text_encoder_select_layers=(1, 2, 4), patch_size=4)
     with pytest.raises(UserError, match="takes 16 latent channels and its VAE has 4"):
         Ensemble.from_experts([pipe], **SMALL).pipeline()
@@ -177,8 +181,8 @@ def folders(tmp_path_factory):
     """Two experts, as folders; distilled ones in `turbo`."""
     place = tmp_path_factory.mktemp("experts")
     for seed in range(2):
-        krea2_pipeline(seed).save_pretrained(place / f"expert_{seed}")
-    krea2_pipeline(0, is_distilled=True).save_pretrained(place / "turbo")
+        pipeline(seed).save_pretrained(place / f"expert_{seed}")
+    pipeline(0, is_distilled=True).save_pretrained(place / "turbo")
     return [str(place / f"expert_{seed}") for seed in range(2)]
 
 

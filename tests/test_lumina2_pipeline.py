@@ -10,7 +10,7 @@ from diffusers.pipelines.lumina2.pipeline_lumina2 import calculate_shift
 from peft import LoraConfig, get_peft_model_state_dict
 from test_qwen_image_pipeline import a_pass, conditions, told
 from tiny import quiet
-from tiny_lumina2 import gemma_encoder, lumina2_pipeline
+from tiny_lumina2 import LUMINA2_SMALL, gemma_encoder, lumina2_pipeline
 
 from afa import Ensemble, UserError
 from afa.aggregators.registry import Recipe
@@ -30,8 +30,12 @@ DRAWN = {"num_inference_steps": 2, "height": 32, "width": 48, "output_type": "pt
 CAPTIONS = ["a red bicycle on a lawn", "a cat", "a dark dog on a blurry red lawn"]
 
 
+def pipeline(seed=0, **changes):
+    return lumina2_pipeline(seed, **LUMINA2_SMALL | changes)
+
+
 def ensemble(count=3, **options):
-    made = Ensemble.from_experts([lumina2_pipeline(seed) for seed in range(count)], **SMALL, **options)
+    made = Ensemble.from_experts([pipeline(seed) for seed in range(count)], **SMALL, **options)
     torch.manual_seed(5)
     for aggregator in made.aggregators.values():
         torch.nn.init.normal_(aggregator.conv_out.weight, std=1.0)
@@ -63,13 +67,13 @@ def draw(pipe, prompt, seed=3, **changes):
     ],
 )
 def test_one_expert_draws_its_own_image(guided):
-    pipe = lumina2_pipeline()
+    pipe = pipeline()
     expected = draw(pipe, "a red bicycle", **guided)
     assert torch.equal(draw(Ensemble.from_experts([pipe], **SMALL).pipeline(), "a red bicycle", **guided), expected)
 
 
 def test_three_experts_draw_an_image_of_their_own(three):
-    images = [draw(pipe, "a cat") for pipe in (three.pipeline(), *(lumina2_pipeline(seed) for seed in range(3)))]
+    images = [draw(pipe, "a cat") for pipe in (three.pipeline(), *(pipeline(seed) for seed in range(3)))]
     assert images[0].shape == (1, 3, 32, 48) and torch.isfinite(images[0]).all()
     assert all(not torch.allclose(images[0], other, atol=1e-2) for other in images[1:])
 
@@ -89,11 +93,11 @@ def test_several_images_a_prompt(three):
 
 def test_a_lora_of_the_stock_pipeline_reaches_every_expert(three, tmp_path):
     """With all experts alike, the ensemble with the LoRA is the stock pipeline with it, and without it afterwards, too."""
-    pipe = lumina2_pipeline()
+    pipe = pipeline()
     pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "linear_1", "norm_out.linear_2", "caption_embedder.1"], init_lora_weights=False))
     Lumina2Pipeline.save_lora_weights(tmp_path, get_peft_model_state_dict(pipe.transformer))
-    plain, made = draw(lumina2_pipeline(), "a cat"), Ensemble.from_experts([lumina2_pipeline() for _ in range(2)], aggregator="mean")
-    stock, drawn = lumina2_pipeline(), made.pipeline()
+    plain, made = draw(pipeline(), "a cat"), Ensemble.from_experts([pipeline() for _ in range(2)], aggregator="mean")
+    stock, drawn = pipeline(), made.pipeline()
     for each in (stock, drawn):
         each.load_lora_weights(tmp_path)
     assert torch.allclose(draw(drawn, "a cat"), draw(stock, "a cat"), atol=1e-4) and not torch.allclose(draw(stock, "a cat"), plain, atol=1e-2)
@@ -105,7 +109,7 @@ def test_a_lora_of_the_stock_pipeline_reaches_every_expert(three, tmp_path):
 
 def test_the_text_encoder_is_kept_once_and_another_one_is_refused_by_name(three):
     assert len(three.text_encoders) == 1 and len(three.text_encoders[0].encoders) == 1 and not three.text_encoders[0].joined
-    pipes = [lumina2_pipeline(0), lumina2_pipeline(1, text_seed=1)]
+    pipes = [pipeline(0), pipeline(1, text_seed=1)]
     with pytest.raises(UserError, match=r"'expert_1' cannot join 'expert_0': it has text encoders of its own \(number 1\)"):
         Ensemble.from_experts(pipes, **SMALL)
     pipes[1].text_encoder = gemma_encoder(0, width=48)
@@ -115,7 +119,7 @@ def test_the_text_encoder_is_kept_once_and_another_one_is_refused_by_name(three)
 
 @pytest.mark.parametrize(("strength", "negative", "scale"), [(None, "blurry", 4.0), (3.0, None, 3.0), (1.0, None, 1.0)])
 def test_generation_guides_as_these_pipelines_do(strength, negative, scale):
-    pipe = quiet(lumina2_pipeline())
+    pipe = quiet(pipeline())
     requests, sampling = [Request("a cat", 1), Request("a dog on a lawn", 2)], Sampling(2, strength, negative, 32, 32)
     expected = pipe(
         [request.prompt for request in requests],
@@ -199,7 +203,7 @@ def folders(tmp_path_factory):
     """Two experts, as folders."""
     place = tmp_path_factory.mktemp("experts")
     for seed in range(2):
-        lumina2_pipeline(seed).save_pretrained(place / f"expert_{seed}")
+        pipeline(seed).save_pretrained(place / f"expert_{seed}")
     return [str(place / f"expert_{seed}") for seed in range(2)]
 
 
@@ -233,7 +237,7 @@ def test_draft_judges_what_the_pipeline_draws(three, guidance):
 @pytest.mark.parametrize("changes", [{"shift": 6.0}, {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 40.0}])
 def test_steps_are_the_pipelines_which_takes_the_channels_for_the_tokens(changes):
     ours, theirs = FlowMatchEulerDiscreteScheduler(**changes), FlowMatchEulerDiscreteScheduler(**changes)
-    interface_of(lumina2_pipeline())[0].set_timesteps(ours, 7, (32, 48))
+    interface_of(pipeline())[0].set_timesteps(ours, 7, (32, 48))
     mu = calculate_shift(16, 256, 4096, changes.get("base_shift", 0.5), changes.get("max_shift", 1.15))
     theirs.set_timesteps(sigmas=np.linspace(1.0, 1 / 7, 7), mu=mu)
     assert torch.equal(ours.sigmas, theirs.sigmas) and torch.equal(ours.timesteps, theirs.timesteps)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from family_models import MODELS, sample_of
 from PIL import Image
-from tiny import inputs, quiet, sd_pipeline, sd_unet, sdxl_pipeline
+from tiny import ONE_LEVEL, inputs, quiet, sd_pipeline, sd_unet, sdxl_pipeline
+from tiny import SMALL as NINE_STAGES
 
 from afa import Ensemble, UserError
 from afa.aggregators.registry import Recipe
@@ -25,7 +26,7 @@ SMALL = {"hidden": 8, "heads": 2, "depth": 1}
 @pytest.fixture
 def ensemble():
     torch.manual_seed(0)
-    made = UNetEnsemble([sd_unet(seed) for seed in range(2)], ["a", "b"], Recipe("stitch", SMALL)).eval()
+    made = UNetEnsemble([sd_unet(seed, **NINE_STAGES) for seed in range(2)], ["a", "b"], Recipe("stitch", SMALL)).eval()
     for aggregator in made.aggregators.values():
         torch.nn.init.normal_(aggregator.conv_out.weight)
     return made
@@ -135,8 +136,8 @@ def test_between_whole_steps_one_expert_leads_and_what_the_others_added_is_added
     ("reuse", "sentence"),
     [
         (Reuse(0, 1), "every 0th step cannot be whole"),
-        (Reuse(2, 0), "there are 1 to 12 outer stages, not 0"),
-        (Reuse(2, 13), "there are 1 to 12 outer stages, not 13"),
+        (Reuse(2, 0), "there are 1 to 4 outer stages, not 0"),
+        (Reuse(2, 5), "there are 1 to 4 outer stages, not 5"),
         (Reuse(2, lead="c"), "'c'.*a, b"),
     ],
 )
@@ -152,15 +153,21 @@ def test_networks_without_skip_connections_are_refused():
             model.ensemble([model.make(0)]).reuse = Reuse(2)
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A saved ensemble of two experts."""
+    folder = tmp_path_factory.mktemp("reuse")
+    experts = [str(folder / f"expert{seed}") for seed in range(2)]
+    for seed, expert in enumerate(experts):
+        sd_pipeline(seed, **ONE_LEVEL).save_pretrained(expert)
+    Ensemble.from_experts(experts, **SMALL).save(folder / "ensemble")
+    return str(folder / "ensemble")
+
+
 @pytest.fixture
-def settings(tmp_path):
-    experts = []
-    for seed in range(2):
-        sd_pipeline(seed).save_pretrained(tmp_path / f"expert{seed}")
-        experts.append(str(tmp_path / f"expert{seed}"))
-    Ensemble.from_experts(experts, **SMALL).save(tmp_path / "ensemble")
+def settings(saved, tmp_path):
     small = {"steps": 4, "guidance": 3.0, "width": 32, "height": 32, "device": "cpu"}
-    return GenerateSettings(sources=[str(tmp_path / "ensemble")], output=str(tmp_path / "out"), prompt=["a cat"], **small)
+    return GenerateSettings(sources=[saved], output=str(tmp_path / "out"), prompt=["a cat"], **small)
 
 
 def test_the_command_reuses_features_and_the_picture_records_it(settings, tmp_path):
@@ -194,7 +201,7 @@ def test_weights_are_not_recorded_and_nothing_is_trained_while_steps_are_reused(
     ensemble.reuse = Reuse(2)
     with pytest.raises(RuntimeError, match="set denoiser.reuse = None"), record_weights(ensemble):
         pass
-    whole = Ensemble.from_experts([sd_pipeline(seed) for seed in range(2)], **SMALL)
+    whole = Ensemble.from_experts([sd_pipeline(seed, **ONE_LEVEL) for seed in range(2)], **SMALL)
     whole.denoiser.reuse = Reuse(2)
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text("\n".join(['{"file_name": "a.png", "text": "a"}'] * 5))

@@ -61,7 +61,7 @@ def drawn(family, dynamic, name, steps):
 @pytest.mark.parametrize("name", FLOWS)
 @pytest.mark.parametrize(("family", "dynamic"), [("sd3", False), ("sd3", True), ("flux", False), ("flux", True)])
 def test_solvers_of_a_flow_come_to_one_picture(family, dynamic, name):
-    found, exact = drawn(family, dynamic, name, 24), drawn(family, dynamic, "euler", 72)
+    found, exact = drawn(family, dynamic, name, 24), drawn(family, dynamic, "euler", 48)
     assert np.abs(found - exact).mean() < 4 < np.abs(exact - exact.mean()).mean() / 5
 
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from rival_experts import CAT, DOG, differ, joined_inputs, pipelines
 from test_evaluate import settings, world  # noqa: F401 (fixtures)
-from tiny import quiet, sdxl_pipeline
+from tiny import ONE_LEVEL, quiet, sd_pipeline, sdxl_pipeline
 from tiny_transformers import FLUX_SMALL, SD3_SMALL, flux_pipeline, sd3_pipeline
 
 from afa import Ensemble, UserError, record_weights
@@ -122,7 +122,7 @@ def test_strengths_scale_the_shared_weights(aggregator):
 
 
 def test_it_is_saved_and_loaded_and_written_only_where_it_is_on(tmp_path):
-    made = trained(pipelines(2), "sabw")
+    made = trained([sd_pipeline(seed, **ONE_LEVEL) for seed in range(2)], "sabw")
     made.save(tmp_path / "plain", bundle=True)
     made.denoiser.share_guidance_weights = True
     made.save(tmp_path / "shared", bundle=True)
@@ -173,7 +173,7 @@ def test_flags_that_do_not_go_with_it_are_refused(changes, sentence):
 
 
 def test_its_row_trains_nothing_and_is_the_ensemble_with_shared_weights(world, settings):  # noqa: F811
-    asked = replace(settings, methods=["afa_shared"], tuning=0)
+    asked = replace(settings, methods=["afa_shared"], tuning=0, images_per_prompt=1)
     assert plan(asked)["training_runs"] == 0
     results = evaluate(asked)
     assert [method.name for method in results.methods] == ["single:photo", "single:paint", "afa", "afa_shared"] and not results.errors

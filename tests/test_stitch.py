@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from tiny import SMALL as NINE_STAGES
 from tiny import inputs, sd_unet
 
 from afa.aggregators.registry import Recipe
@@ -30,7 +31,7 @@ def trained(aggregator, seed=1):
 
 def ensemble(kind, placement="layers", seeds=(0, 1, 2)):
     torch.manual_seed(7)
-    return UNetEnsemble([sd_unet(seed) for seed in seeds], recipe=Recipe(kind, {} if kind == "mean" else SMALL), placement=placement).eval()
+    return UNetEnsemble([sd_unet(seed, **NINE_STAGES) for seed in seeds], recipe=Recipe(kind, {} if kind == "mean" else SMALL), placement=placement).eval()
 
 
 def test_every_expert_is_handed_a_convex_blend_of_its_own():
@@ -73,7 +74,7 @@ def test_with_equal_rows_it_is_sabw():
 def test_the_last_stage_makes_one_prediction():
     model = ensemble("stitch")
     kinds = [type(aggregator) for aggregator in model.aggregators.values()]
-    assert kinds == [Stitch] * 24 + [SABW]
+    assert kinds == [Stitch] * 8 + [SABW]
     assert [type(aggregator) for aggregator in ensemble("stitch", "out").aggregators.values()] == [SABW]
 
 

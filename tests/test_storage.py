@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from test_training import aggregators, experts, images, settings  # noqa: F401 (fixtures)
-from tiny import sd_unet
+from tiny import ONE_LEVEL, SMALL, sd_unet
 from torch import nn
 
 from afa import UserError
@@ -29,6 +29,7 @@ from afa.settings import RESIDENT
 from afa.training.run import plan, train
 
 ALONE = [store for store in STORES if not store.startswith("delta")]  # needs several experts
+WIDE = SMALL | {"block_out_channels": (32, 64)}  # whose layers are large enough to be stored
 LARGEST_ERROR = {"cpu": 0.0, "int8": 0.5 / 127, "fp8": 2.0**-4}  # of a channel's largest number, of each number
 
 
@@ -83,7 +84,7 @@ def test_the_weight_that_followed_last_time_is_copied_while_this_one_is_used(mon
 
 @pytest.mark.parametrize(("store", "share"), [("int8", 0.3), ("fp8", 0.3), ("cpu", 0.06)])
 def test_a_stored_expert_takes_less_room_and_predicts_nearly_the_same(store, share):
-    unet = sd_unet(0, block_out_channels=(32, 64, 64, 64)).requires_grad_(False)
+    unet = sd_unet(0, **WIDE).requires_grad_(False)
     stored = copy.deepcopy(unet)
     store_weights(stored, store)
     assert stored_bytes(stored) < share * stored_bytes(unet)
@@ -111,7 +112,7 @@ def test_a_difference_in_few_bits_is_as_near_as_such_steps_can_be(shape, bits, e
 
 def near(count, by=0.1, **changes):
     """Experts whose weights differ by a tenth, as fine-tunes of one base do."""
-    base = sd_unet(0, block_out_channels=(32, 64, 64, 64), **changes).requires_grad_(False)
+    base = sd_unet(0, **WIDE | changes).requires_grad_(False)
     made = [copy.deepcopy(base) for _ in range(count)]
     rng = torch.Generator().manual_seed(1)
     for expert in made:
@@ -157,7 +158,7 @@ def test_experts_in_one_bit_keep_one_middle_wherever_they_are_moved_or_cast():
     assert one.kept.middle is other.kept.middle and one.weight.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("models", [near(1), nn.ModuleList([*near(1), sd_unet(0, block_out_channels=(32, 64, 64, 32))])])
+@pytest.mark.parametrize("models", [near(1), nn.ModuleList([*near(1), sd_unet(0, **WIDE | {"block_out_channels": (32, 32)})])])
 def test_differences_need_several_experts_of_one_architecture(models):
     with pytest.raises(UserError, match="delta1"):
         store_weights(models, "delta1")
@@ -180,7 +181,7 @@ def test_small_layers_stay_as_they_are():
 
 
 def test_training_over_stored_experts_trains_the_same_aggregators_nearly(settings, tmp_path):  # noqa: F811
-    runs = [replace(settings, store=store, output=str(tmp_path / str(store))) for store in (None, "int8")]
+    runs = [replace(settings, store=store, steps=4, evaluate_every=4, output=str(tmp_path / str(store))) for store in (None, "int8")]
     histories = [train(run)["history"] for run in runs]
     assert histories[0] != histories[1]  # it is really used
     assert histories[1][-1]["held_out_loss"] == pytest.approx(histories[0][-1]["held_out_loss"], rel=2e-2)
@@ -188,7 +189,8 @@ def test_training_over_stored_experts_trains_the_same_aggregators_nearly(setting
 
 
 def test_checkpointed_stages_fetch_their_weights_again(settings, tmp_path):  # noqa: F811
-    runs = [replace(settings, store="fp8", gradient_checkpointing=on, output=str(tmp_path / str(on))) for on in (False, True)]
+    settings = replace(settings, store="fp8", steps=2)
+    runs = [replace(settings, gradient_checkpointing=on, output=str(tmp_path / str(on))) for on in (False, True)]
     plain, checkpointed = (train(run)["history"] for run in runs)
     assert [entry["held_out_loss"] for entry in plain] == pytest.approx([entry["held_out_loss"] for entry in checkpointed], rel=1e-4)
 
@@ -199,13 +201,16 @@ def test_experts_in_the_memory_of_the_cpu_need_another_device(settings):  # noqa
 
 
 def test_the_memory_of_a_step_is_what_a_real_step_needs():
-    denoiser = UNetEnsemble(list(near(2)), recipe=Recipe("sabw", {"hidden": 8, "heads": 1, "depth": 1}), placement="out")
+    def unets():
+        return list(near(2, **ONE_LEVEL | {"block_out_channels": (64,)}))
+
+    denoiser = UNetEnsemble(unets(), recipe=Recipe("sabw", {"hidden": 8, "heads": 1, "depth": 1}), placement="out")
     size = {"latent": (32, 32), "tokens": 5}
     counted = sampling_memory(denoiser, size, 2, torch.float32, [RESIDENT, "int8", "delta1"])
     peaks = [row["step"] for row in counted]
     assert peaks == sorted(peaks, reverse=True) and all(row["step"] > row["experts"] for row in counted)
     for row in counted:
-        real = UNetEnsemble(list(near(2)), recipe=denoiser.recipe, placement="out").requires_grad_(False)
+        real = UNetEnsemble(unets(), recipe=denoiser.recipe, placement="out").requires_grad_(False)
         if row["store"] != RESIDENT:
             store_weights(real.experts, row["store"])
         assert stored_bytes(real.experts) == row["experts"], row["store"]
