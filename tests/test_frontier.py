@@ -159,20 +159,16 @@ def test_an_interrupted_run_goes_on_to_the_same_results(several, monkeypatch, tm
 
 
 @pytest.mark.parametrize(
-    ("merges", "kind", "given"),
-    [
-        (["weighted", "auto_mbw"], "prediction_router", {"guidance": [1.5, 2.0, 3.0]}),
-        (["weighted"], "noise_average", {"guidance": [1.5, 2.0], "steps": [1, 2]}),
-    ],
+    ("kind", "given"), [("prediction_router", {"guidance": [1.5, 2.0, 3.0]}), ("noise_average", {"guidance": [1.5, 2.0], "steps": [1, 2]})]
 )
-def test_a_dry_run_counts_the_images_of_values_and_curves(several, merges, kind, given, drawn, monkeypatch):
-    """A trained kind and a search, and one that is sampled; our own is trained in both."""
-    run, captions = replace(several, methods=[*merges, kind], seeds=2, search_trials=2, **given), []
+def test_a_dry_run_counts_the_images_of_values_and_curves(several, kind, given, drawn, monkeypatch):
+    """A trained kind, and one that is sampled; our own is trained in both."""
+    run, captions = replace(several, methods=["weighted", "auto_mbw", kind], seeds=2, search_trials=2, **given), []
     judge = Tuner.judge
     monkeypatch.setattr(Tuner, "judge", lambda tuner, sampler: captions.append(len(tuner.captions)) or judge(tuner, sampler))
     monkeypatch.setattr("afa.evaluation.plan._times", lambda *given: {})
     facts = plan(run)
-    evaluate(replace(run, methods=merges, seeds=1))
+    evaluate(replace(run, methods=["weighted", "auto_mbw"], seeds=1))
     counted = [len(drawn), sum(captions)]
     rest = plan(run)
     evaluate(run)

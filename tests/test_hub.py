@@ -17,8 +17,7 @@ from PIL import Image
 from test_checkpoint import SMALL, trained
 from test_experts import write_lora
 from test_pipeline import run
-from tiny import SMALL as TWO_LEVELS
-from tiny import sd_pipeline as four_levels
+from tiny import sd_pipeline
 
 from afa import Ensemble, UserError
 from afa.checkpoint.hub import fetch_ensemble
@@ -26,11 +25,6 @@ from afa.checkpoint.manifest import AGGREGATORS, MANIFEST, read_manifest
 from afa.checkpoint.publish import own_files, publication
 from afa.cli.main import main
 from afa.places import public_place
-
-
-def sd_pipeline(seed):
-    """Of nine stages: what is sent and found does not depend on their number."""
-    return four_levels(seed, **TWO_LEVELS)
 
 
 @pytest.fixture

@@ -15,8 +15,6 @@ from afa.evaluation.results import Method, Results, Run
 from afa.evaluation.run import best_of_n, evaluate
 from afa.evaluation.trained import FURTHER
 
-LITTLE = {"images_per_prompt": 1, "steps": 1, "tuning": 0}  # is drawn: what is trained, and told against what, does not depend on it
-
 
 def test_the_oracle_chooses_among_the_experts_and_not_among_their_rows_in_a_study():
     def alone(name, score, **axes):
@@ -34,7 +32,7 @@ def red(tmp_path):
 
 
 def test_objectives_are_compared_with_as_many_steps_of_the_diffusion_loss(settings, red, tmp_path, capsys):  # noqa: F811
-    run = replace(settings, methods=["single"], study=["objectives"], **LITTLE, reward=red)
+    run = replace(settings, methods=["single"], study=["objectives"], images_per_prompt=1, reward=red)
     evaluate(run)
     results = Results.load(Path(run.output))
     assert not results.errors
@@ -53,14 +51,14 @@ def test_objectives_are_compared_with_as_many_steps_of_the_diffusion_loss(settin
 
 
 def test_the_study_of_objectives_needs_a_reward_that_is_named(settings):  # noqa: F811
-    run = replace(settings, methods=["single"], study=["objectives"], **LITTLE)
+    run = replace(settings, methods=["single"], study=["objectives"], images_per_prompt=1)
     evaluate(run)
     errors = json.loads((Path(run.output) / "results.json").read_text())["errors"]
     assert len(errors) == len(FURTHER) - 1 and all("name one with --reward" in error for error in errors)
 
 
 def test_ablations_change_one_thing_each(settings):  # noqa: F811
-    run = replace(settings, methods=["single"], study=["ablations"], **LITTLE)
+    run = replace(settings, methods=["single"], study=["ablations"], images_per_prompt=1)
     evaluate(run)
     results = Results.load(Path(run.output))
     assert not results.errors
