@@ -292,7 +292,7 @@ def test_sdxl_is_told_the_size_the_crop_and_the_bucket_of_each_image(tmp_path, b
 def test_transformers_train_on_buckets_of_whole_patches(tmp_path, bucketed, monkeypatch):
     for seed, name in enumerate(("one", "two")):
         flux_pipeline(seed, **FLUX_SMALL).save_pretrained(tmp_path / name)
-    run = replace(bucketed, experts=[str(tmp_path / "one"), str(tmp_path / "two")], steps=4, resolution=64)
+    run = replace(bucketed, experts=[str(tmp_path / "one"), str(tmp_path / "two")], steps=4, evaluate_every=4, resolution=64)
     planned = plan(run)
     multiple = 8 * planned.ensemble.denoiser.interface.patch
     assert all(side % multiple == 0 for size in planned.buckets.sizes for side in size)
@@ -336,7 +336,7 @@ def test_a_loss_in_two_parts_is_the_loss_of_the_whole(bucketed, tmp_path, monkey
     squares = write(tmp_path / "squares", [(40, 40)] * 10)
     Ensemble.from_experts(bucketed.experts, aggregator="mean").save(tmp_path / "ensemble")
     run = DistillSettings(
-        ensemble=str(tmp_path / "ensemble"), data=str(squares), output=str(tmp_path / "one"), steps=2, batch_size=6, image_share=0.33,
+        ensemble=str(tmp_path / "ensemble"), data=str(squares), output=str(tmp_path / "one"), steps=1, batch_size=6, image_share=0.33,
         recombine=0, trajectory_steps=2, resolution=32, held_out=2, evaluate_every=1, lora=2, lr=1e-3, guidance=2.0, device="cpu", caption_dropout=0.0,
     )  # fmt: skip
     together, before = distill(run), Trainer._parts

@@ -153,7 +153,7 @@ def test_the_matching_rank_is_the_smallest_with_enough_parameters(family):
 
 @pytest.mark.parametrize(("family", "less"), [("sd", ONE_LEVEL), ("sd3", SD3_SMALL), ("flux", FLUX_SMALL)])
 def test_equal_compute_gives_a_single_model_more_steps_the_more_experts_there_are(family, less):
-    kind, make, recipe = MODELS[family].ensemble, MODELS[family].make, Recipe("sabw", {"hidden": 8, "heads": 2, "depth": 1})
+    kind, make, recipe = MODELS[family].ensemble, MODELS[family].make, Recipe("sabw", {"hidden": 8, "heads": 2, "depth": 0})
     made = [kind([make(seed, **less) for seed in range(count)], recipe=recipe, placement="layers") for count in (2, 3)]
     steps = [equal_compute_steps(100, denoiser, 2, 2) for denoiser in made]
     assert 100 < steps[0] < steps[1]
@@ -161,7 +161,7 @@ def test_equal_compute_gives_a_single_model_more_steps_the_more_experts_there_ar
 
 def test_equal_compute_ignores_where_the_experts_lie():
     """Counting touches no weights: not even those of experts that are too large to copy."""
-    denoiser = UNetEnsemble([sd_unet(0, **ONE_LEVEL), sd_unet(1, **ONE_LEVEL)], recipe=Recipe("sabw", {"hidden": 8, "heads": 2, "depth": 1}))
+    denoiser = UNetEnsemble([sd_unet(0, **ONE_LEVEL), sd_unet(1, **ONE_LEVEL)], recipe=Recipe("sabw", {"hidden": 8, "heads": 2, "depth": 0}))
     before = {name: tensor.clone() for name, tensor in denoiser.state_dict().items()}
     equal_compute_steps(10, denoiser, 2, 2)
     assert all(torch.equal(tensor, before[name]) for name, tensor in denoiser.state_dict().items())

@@ -34,7 +34,7 @@ from afa.training.reward_objectives import Decoder, Draft
 
 CPU = torch.device("cpu")
 SMALL = {"hidden": 32, "heads": 2, "depth": 1}
-DRAWN = {"num_inference_steps": 2, "height": 32, "width": 48, "output_type": "pt"}
+DRAWN = {"num_inference_steps": 2, "height": 32, "width": 48, "output_type": "pt", "max_sequence_length": 128}
 CAPTIONS = ["a red bicycle on a lawn", "a cat", " ".join(["a dark dog on a blurry red lawn"] * 5)]
 GUIDED = {"guidance_scale": 3.0}
 
