@@ -101,6 +101,16 @@ def test_a_kill_between_a_shard_and_its_files_loses_nothing(packed, monkeypatch,
     assert not counts
 
 
+def test_a_kill_before_the_smaller_shard_goes_leaves_no_image_twice(packed, monkeypatch):
+    smaller = generate(replace(packed, prompt=PROMPTS[:3]))[-1]
+    before = smaller.read_bytes()
+    generate(packed)
+    assert not smaller.exists()
+    smaller.write_bytes(before)  # as if the process had ended here
+    assert smaller not in generate(packed)
+    assert [sample.caption for sample in open_source(packed.output).samples] == PROMPTS
+
+
 def test_parts_are_packed_by_the_last_one(packed, settings, files):
     assert [path.suffix for path in generate(replace(packed, shard="1/2"))] == [".png"] * 3
     assert len(generate(replace(packed, shard="2/2"))) == 3

@@ -75,7 +75,7 @@ def from_shards(shards: Iterable[Path], columns: Columns, skipped: Skipped) -> I
     endings = (columns.image,) if columns.image else IMAGE_ENDINGS
     for shard in shards:
         mark = file_mark(shard)
-        for key, members in groupby(_members(shard, skipped), key=lambda member: _key(member[0])):
+        for key, members in groupby(members_of(shard, skipped), key=lambda member: _key(member[0])):
             parts = {
                 name.rpartition("/")[2].partition(".")[2].lower(): (at, size) for name, at, size in members
             }
@@ -102,10 +102,11 @@ def read_part(file: Path, offset: int, size: int) -> bytes:
     return data
 
 
-def _members(shard: Path, skipped: Skipped) -> Iterator[Member]:
-    """Yield the files of a shard, without hidden ones (macOS adds one for each).
+def members_of(shard: Path, skipped: Skipped) -> Iterator[Member]:
+    """Yield the files of a shard but hidden ones: name, offset and size, -1 for what is no plain file.
 
     A shard that was cut off is noted, whether in a header (which tarfile ignores) or in a file.
+    Raises UserError for a file that is not a plain tar archive.
     """
     length, whole, last = shard.stat().st_size, True, -1
     try:

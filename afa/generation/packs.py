@@ -18,7 +18,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from afa.data.shards import TAR_ERRORS, read_part
+from afa.data.shards import members_of, read_part
+from afa.data.sources import Skipped
 from afa.errors import UserError
 from afa.files import replacing
 from afa.sampling.image_files import ImageFile
@@ -50,9 +51,11 @@ class Packs:
         self._listed: tuple[float, list[tuple[int, int, Path]]] = (-math.inf, [])  # when, what
         if kind == "parquet":
             _require_pyarrow()
-        shards = self._present()
-        for start, count, path in shards:
-            last = start == shards[-1][0]
+        shards = {
+            start: (count, path) for start, count, path in self._present()
+        }  # the largest that begins so
+        for start, (count, path) in shards.items():
+            last = start == max(shards)
             if path.suffix != f".{kind}":
                 raise UserError(
                     f"{folder} has its images in shards ({path.name}); give --pack {path.suffix[1:]}, "
@@ -97,21 +100,27 @@ class Packs:
             )
         return readers[index - start]()
 
+    def _holds(self, start: int, count: int) -> bool:
+        """Whether a shard is there that begins with an image and holds at least so many."""
+        return any(first == start and held >= count for first, held, _ in self._present())
+
     def write(self, images: Sequence[ImageFile]) -> list[Path]:
         """Pack all images of a run, and remove their files. Returns the places of the shards.
 
         A shard appears whole before the files in it go; one that is there already is kept.
         """
-        self._listed = -math.inf, []
         for start in tqdm(range(0, len(images), self.size), desc="packing", unit="shard"):
             chunk = images[start : start + self.size]
-            shard = self._shard(start)
-            if shard is None or shard[1] < len(chunk):
+            if not self._holds(start, len(chunk)):
                 path = self.folder / f"{start:07d}-{start + len(chunk) - 1:07d}.{self.kind}"
-                with replacing(path) as temporary:
-                    (_write_tar if self.kind == "tar" else _write_parquet)(temporary, chunk)
-                if shard is not None:  # of a run with fewer prompts
-                    shard[2].unlink(missing_ok=True)
+                try:
+                    with replacing(path) as temporary:
+                        (_write_tar if self.kind == "tar" else _write_parquet)(temporary, chunk)
+                except FileNotFoundError:
+                    if not self._holds(start, len(chunk)):  # else another command has packed it meanwhile
+                        raise
+            for smaller in [path for first, _, path in self._present() if first == start][:-1]:
+                smaller.unlink(missing_ok=True)  # of a run with fewer prompts
             for image in chunk:
                 image.path.unlink(missing_ok=True)
         (self.folder / "images.jsonl").unlink(missing_ok=True)  # of a run whose images were files
@@ -126,15 +135,11 @@ def _settings(image: ImageFile) -> dict[str, Any]:
 
 def _tar_readers(path: Path) -> list[Reader]:
     """What reads each whole picture of a shard, in order."""
-    found, length = [], path.stat().st_size
     try:
-        with tarfile.open(path, "r:") as archive:
-            for member in archive:
-                if member.name.endswith(".png") and member.offset_data + member.size <= length:
-                    found.append(functools.partial(read_part, path, member.offset_data, member.size))
-    except TAR_ERRORS:  # what was found before the fault is whole
-        pass
-    return found
+        found = [member for member in members_of(path, Skipped()) if member[0].endswith(".png")]
+    except UserError:
+        return []
+    return [functools.partial(read_part, path, at, size) for _, at, size in found if size >= 0]
 
 
 def _write_tar(path: Path, images: Sequence[ImageFile]) -> None:
