@@ -13,16 +13,8 @@ from afa import UserError
 from afa.aggregators.registry import Recipe
 from afa.cost import call_of
 from afa.devices import LiveBytes
-from afa.experts.quantised import (
-    STORES,
-    Ahead,
-    EightBits,
-    FewBits,
-    OnCPU,
-    kept_tensors,
-    store_weights,
-    stored_bytes,
-)
+from afa.experts.quantised import STORES, kept_tensors, store_weights, stored_bytes
+from afa.experts.stored_weights import Ahead, EightBits, FewBits, OnCPU
 from afa.memory import sampling_memory
 from afa.models.unet import UNetEnsemble
 from afa.settings import RESIDENT
