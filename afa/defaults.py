@@ -43,9 +43,10 @@ IMAGE_SHARE = 0.0  # a student needs captions alone; on far, images help (docs/l
 OUTER_STAGES = 2
 
 # Denoising steps of afa generate; stock pipelines of Stable Diffusion take as many.
-# Images in a shard of `afa generate --pack`: a few hundred megabytes, as webdataset's authors advise.
-PACK_SIZE = 1000
 GENERATION_STEPS = 50
+
+# Images in a shard of afa generate --pack: some hundred megabytes at 512 pixels.
+PACK_SIZE = 1000
 
 WHY = {
     "aggregator": "the best on the embedded world far, and better than sabw on near, docs/results.md",

@@ -145,6 +145,18 @@ def test_a_damaged_shard_is_refused_and_drawn_again_once_it_is_deleted(packed, d
     assert shard in generate(packed)
 
 
+def test_a_shard_that_names_files_elsewhere_reads_none_of_them(settings, files, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    packed = replace(settings, output=str(tmp_path / "packed"), pack="parquet")
+    (shard,) = generate(packed)
+    rows = [{"image": {"bytes": None, "path": str(files[place])}, "text": text} for place, text in enumerate(PROMPTS)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), shard)
+    with pytest.raises(UserError, match="cannot be read .*is not in the shard.*; delete it, and its images are drawn again"):
+        generate(packed)
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [

@@ -40,6 +40,5 @@ def run(options: Options) -> None:
         print(json.dumps({"images": [str(path) for path in paths]}, indent=2))
     else:
         part = "" if options.shard is None else f": part {options.shard}"
-        packed = all(path.suffix != ".png" for path in paths)
-        what = "shard" if packed else "image"
+        what = "shard" if any(path.suffix != ".png" for path in paths) else "image"
         print(f"{len(paths)} {what}{'' if len(paths) == 1 else 's'} in {options.output}{part}")

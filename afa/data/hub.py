@@ -40,7 +40,7 @@ def from_parquet(files: Iterable[Path], columns: Columns, skipped: Skipped) -> I
     Raises UserError for a file that is not parquet, or has no such columns.
     """
     for file in files:
-        opened = _open(file)
+        opened = open_parquet(file)
         image, caption = columns.choose(opened.schema_arrow.names, str(file))
         find = functools.partial(find_file, folder=file.parent, roots=roots_of(file.parent, columns))
         mark, row = file_mark(file), 0
@@ -49,7 +49,7 @@ def from_parquet(files: Iterable[Path], columns: Columns, skipped: Skipped) -> I
                 name = f"{file.name}:{row}"
                 row += 1
                 with skipped.noting(name):
-                    read = functools.partial(_read_parquet, file, image, group, place, find)
+                    read = functools.partial(read_parquet, file, image, group, place, find)
                     yield Sample(name, _needed(value.as_py()), f"{mark} {row}", read)
 
 
@@ -76,7 +76,8 @@ def image_bytes(value: Any, find: Callable[[str], Path]) -> bytes:
     raise LeftOutError(NO_IMAGE)
 
 
-def _open(file: Path) -> Any:
+def open_parquet(file: Path) -> Any:
+    """Open a parquet file. Raises UserError if it is none, or pyarrow is missing."""
     try:
         import pyarrow.parquet
     except ImportError:
@@ -97,13 +98,14 @@ def _column(file: Path, opened: Any, group: int, name: str) -> Any:
     return _reading(file, lambda: opened.read_row_group(group, columns=[name]).column(0))
 
 
-def _read_parquet(file: Path, column: str, group: int, place: int, find: Callable[[str], Path]) -> bytes:
+def read_parquet(file: Path, column: str, group: int, place: int, find: Callable[[str], Path]) -> bytes:
+    """Read the image of one row, counted in its row group; the group is kept. find: see image_bytes"""
     return image_bytes(_images(file, column, group)[place].as_py(), find)
 
 
 @functools.lru_cache(maxsize=2)
 def _images(file: Path, column: str, group: int) -> Any:
-    return _column(file, _open(file), group, column)
+    return _column(file, open_parquet(file), group, column)
 
 
 SPLIT = "train"

@@ -18,6 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from afa.data.hub import open_parquet, read_parquet
 from afa.data.shards import members_of, read_part
 from afa.data.sources import Skipped
 from afa.errors import UserError
@@ -98,7 +99,12 @@ class Packs:
                 f"{path} holds {len(readers)} whole images, and its name says {count}; delete it, and they "
                 "are drawn again"
             )
-        return readers[index - start]()
+        try:
+            return readers[index - start]()
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be read ({error}); delete it, and its images are drawn again"
+            ) from None
 
     def _holds(self, start: int, count: int) -> bool:
         """Whether a shard is there that begins with an image and holds at least so many."""
@@ -162,21 +168,21 @@ def _require_pyarrow() -> None:
 
 def _parquet_readers(path: Path) -> list[Reader]:
     """What reads each picture of a shard, in order; the row group of the last one is kept."""
-    import pyarrow
-    import pyarrow.parquet
-
     try:
-        opened = pyarrow.parquet.ParquetFile(path)
-    except (OSError, pyarrow.ArrowException):
+        metadata = open_parquet(path).metadata
+    except UserError:
         return []
-    group = functools.lru_cache(1)(lambda at: opened.read_row_group(at, columns=["image"]).column(0))
+    sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    return [
+        functools.partial(read_parquet, path, "image", group, row, _nowhere)
+        for group, size in enumerate(sizes)
+        for row in range(size)
+    ]
 
-    def read(at: int, row: int) -> bytes:
-        picture: bytes = group(at)[row].as_py()["bytes"]
-        return picture
 
-    sizes = [opened.metadata.row_group(at).num_rows for at in range(opened.num_row_groups)]
-    return [functools.partial(read, at, row) for at, size in enumerate(sizes) for row in range(size)]
+def _nowhere(name: str) -> Path:
+    """Pictures are in the shard itself; a place that a row names is not read."""
+    raise OSError(f"{name} is not in the shard")
 
 
 def _write_parquet(path: Path, images: Sequence[ImageFile]) -> None:

@@ -69,11 +69,13 @@ class ImageFile:
             found = read_made(packed, whole=whole)
         if found is None:
             return None
+        place, thing = str(self.path), "it"
+        if packed is not None:
+            place, thing = f"{self.path.name} in a shard of {self.path.parent}", "the shard"
         recorded = found.get("files")
         if isinstance(recorded, dict) and (clauses := changed(recorded, self.files)):
             raise UserError(
-                f"{self.path} was made with other files: {clauses[0]}; restore them, "
-                "or choose another --output"
+                f"{place} was made with other files: {clauses[0]}; restore them, or choose another --output"
             )
         if "source" in found:
             found["source"] = public_place(found["source"])  # older pictures name the whole place
@@ -83,10 +85,9 @@ class ImageFile:
                     shown(str(one) if isinstance(one, (dict, list)) else one)
                     for one in (found.get(name), value)
                 )
-                place = self.path if packed is None else f"{self.path.name} in a shard of {self.path.parent}"
                 raise UserError(
                     f"{place} was made with {name} {then}, now {now} is asked; "
-                    "choose another --output or delete it"
+                    f"choose another --output or delete {thing}"
                 )
         return found
 
